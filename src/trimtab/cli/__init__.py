@@ -1,0 +1,1 @@
+"""The command line. Commands live in `trimtab.cli.main`; they need the extra `cli`."""

@@ -1,0 +1,1 @@
+"""The five kinds of methods, one engine each."""

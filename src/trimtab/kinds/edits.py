@@ -1,0 +1,88 @@
+"""Merging: the base tensors that an adapter would replace, and how a scale and shift folds into a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import AttachError
+from trimtab.kinds.layouts import layout_of
+from trimtab.quantized import dense_weight
+from trimtab.structure import is_norm
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One parameter of the base and its value after merging; `module` holds it at `path`.
+
+    `for_all_holders`: the change is meant for every module that shares the parameter.
+    """
+
+    module: nn.Module
+    path: str
+    parameter: str
+    value: Tensor
+    for_all_holders: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.path}.{self.parameter}" if self.path else self.parameter
+
+
+def affine_edits(
+    module: nn.Module, path: str, side: Literal["input", "output"], scale: Tensor | None, shift: Tensor | None
+) -> list[Edit]:
+    """Fold h′ = scale ⊙ h + shift at one side of a module into its weight and bias, in float32, rounded once."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise AttachError(f"{path!r} ({type(module).__name__}) has no weight into which a scale and shift could be folded.")
+    if is_norm(module):
+        return _fold_norm(module, path, side, weight, scale, shift)
+    if isinstance(module, nn.Embedding):
+        table = dense_weight(module).float()
+        table = table if scale is None else table * scale
+        return [Edit(module, path, "weight", table if shift is None else table + shift)]
+    return _fold_map(module, path, side, weight, scale, shift)
+
+
+def _fold_norm(
+    module: nn.Module, path: str, side: str, weight: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> list[Edit]:
+    if side != "output":
+        raise AttachError(f"a change of the norm's input at {path!r} cannot be folded.")
+    bias = module._parameters.get("bias")
+    if shift is not None and "bias" not in module._parameters:
+        raise AttachError(f"the norm {path!r} has no bias, so a shift cannot be folded; keep the adapter attached.")
+    scale = torch.ones_like(weight, dtype=torch.float32) if scale is None else scale
+    edits = [Edit(module, path, "weight", weight.float() * scale)]
+    base = torch.zeros_like(scale) if bias is None else bias.float()
+    if bias is not None or shift is not None:
+        edits.append(Edit(module, path, "bias", base * scale + (0.0 if shift is None else shift)))
+    return edits
+
+
+def _fold_map(
+    module: nn.Module, path: str, side: str, weight: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> list[Edit]:
+    layout = layout_of(path, module, None)
+    matrix = layout.matrix(dense_weight(module)).float()  # (*lead, out, in)
+    bias = module._parameters.get("bias")
+    edits, base = [], None if bias is None else bias.float()
+    if side == "input":
+        if layout.axis != -1:
+            raise AttachError(f"a change of the convolution's input at {path!r} cannot be folded.")
+        if shift is not None:
+            base = matrix @ shift if base is None else base + matrix @ shift
+        matrix = matrix if scale is None else matrix * scale
+    else:
+        if scale is not None:
+            matrix = matrix * scale.view(*layout.lead, layout.out_features, 1)
+            base = None if base is None else base * scale
+        base = base if shift is None else shift if base is None else base + shift
+    if scale is not None:
+        edits.append(Edit(module, path, "weight", layout.stored(matrix, weight)))
+    if base is not None and (bias is None or not torch.equal(base, bias.float())):
+        edits.append(Edit(module, path, "bias", base))
+    return edits

@@ -1,0 +1,50 @@
+"""Selection methods: train a part of the base's own weights, on a copy that the forward reads; the base stays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from trimtab.errors import TargetError
+from trimtab.kinds.weight import ParameterSite, WeightLeaf, WeightMethod, parameter_site
+from trimtab.method import Targets
+from trimtab.structure import Structure
+from trimtab.targets import Item, resolve
+
+
+@dataclass(frozen=True)
+class SelectionMethod(WeightMethod):
+    """A method that replaces whole tensors of the base. Give `weight`; a target module means all its parameters."""
+
+    has_factors = False
+
+    def sites(self, structure: Structure, targets: Targets) -> list[ParameterSite]:
+        found, seen = [], set()
+        for item in resolve(structure, targets):
+            for single in self._parameters(structure, item):
+                parameter = structure.modules[single.path]._parameters[single.parameter or "weight"]
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    found.append(parameter_site(structure, single, whole=True))
+        if not found:
+            raise TargetError(f"targets {targets!r} hold no parameter of the kind {type(self).__name__} trains.")
+        return found
+
+    def _parameters(self, structure: Structure, item: Item) -> list[Item]:
+        if item.parameter is not None:
+            return [item]
+        return [
+            Item(path, name)
+            for path, module in structure.within(item.path).items()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and self.selects(name, parameter)
+        ]
+
+    def selects(self, name: str, parameter: Tensor) -> bool:
+        """Say whether a parameter of a targeted module is trained."""
+        return parameter.dtype.is_floating_point
+
+    def weight(self, leaf: WeightLeaf, weight: Tensor) -> Tensor:
+        """Return the effective tensor: the leaf's own copy."""
+        return leaf.value  # type: ignore[no-any-return]

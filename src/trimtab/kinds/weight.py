@@ -1,0 +1,256 @@
+"""Weight methods: W → W′ (and b → b′) of a linear map, convolution, embedding, or a raw parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import SettingError, TargetError
+from trimtab.hooks import Call, Leaf, State, base_class
+from trimtab.kinds.edits import Edit
+from trimtab.kinds.layouts import ConvolutionLayout, EmbeddingLayout, Layout, callable_alone, layout_of
+from trimtab.kinds.lowrank import Factors, add_update, linear_with_update
+from trimtab.method import Method, Targets
+from trimtab.quantized import dense_weight, is_packed, linear_features
+from trimtab.structure import Structure
+from trimtab.targets import Item, resolve
+
+
+@dataclass(frozen=True)
+class ParameterSite:
+    """One weight: the parameter of a module, and the module whose forward reads it."""
+
+    path: str
+    parameter: str
+    owner: str
+    shape: tuple[int, ...]
+    layout: Layout
+    called: bool
+    has_bias: bool
+    whole: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.parameter}" if self.path else self.parameter
+
+    @property
+    def key(self) -> str:
+        """The name that distinguishes this site's leaf on its target."""
+        return "" if self.called else "_" + str(self).removeprefix(self.owner).strip(".:").replace(".", "_").replace(":", "_")
+
+    @property
+    def in_features(self) -> int:
+        """Width of the weight's input (columns of the matrix)."""
+        return self.layout.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Width of the weight's output (rows of the matrix)."""
+        return self.layout.out_features
+
+    def matrices(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Return the shape of one (rows, columns) matrix for each of the weight's own matrices."""
+        return (*self.layout.lead, rows, columns)
+
+    def rank(self, rank: int) -> int:
+        """Check a rank against this weight; raises SettingError when it is larger than the layer."""
+        limit = min(self.in_features, self.out_features)
+        split = self.layout.rank(rank)
+        if split > limit:
+            raise SettingError(
+                f"rank {rank} is larger than the layer {str(self)!r} of shape {self.out_features}×{self.in_features}; "
+                f"use at most {limit * rank // split}, or leave this layer out of the targets."
+            )
+        return split
+
+
+def parameter_site(structure: Structure, item: Item, *, whole: bool = False) -> ParameterSite:
+    """Return the site of one item; raises TargetError where it is not a weight."""
+    module = structure.modules[item.path]
+    parameter = item.parameter or "weight"
+    if not whole or module._parameters.get(parameter) is None:
+        layout = layout_of(item.path, module, item.parameter)
+    else:
+        layout = Layout((), *_flat(module._parameters[parameter]))
+    called = not whole and callable_alone(module) and (item.parameter is None or _own_weight(module, parameter))
+    owner = item.path if callable_alone(module) else item.path.rsplit(".", 1)[0]
+    weight = module._parameters[parameter]
+    assert weight is not None
+    packed = is_packed(module, parameter)
+    shape = (layout.out_features, layout.in_features) if packed else tuple(weight.shape)
+    return ParameterSite(
+        item.path, parameter, owner, shape, layout, called, module._parameters.get("bias") is not None, whole
+    )
+
+
+def _flat(weight: Tensor | None) -> tuple[int, int]:
+    assert weight is not None
+    return (int(weight.shape[0]) if weight.dim() else 1), int(weight[0].numel()) if weight.dim() and len(weight) else 1
+
+
+def _own_weight(module: nn.Module, parameter: str) -> bool:
+    kinds = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return parameter == "weight" and (linear_features(module) is not None or isinstance(module, kinds))
+
+
+class WeightLeaf(Leaf):
+    """The tensors of a weight method at one site."""
+
+    site: ParameterSite
+    method: WeightMethod
+
+    @property
+    def holder(self) -> nn.Module:
+        """The module that holds the weight: the target itself, unless another module reads it."""
+        inside = self.site.path.removeprefix(self.site.owner).strip(".")
+        return self.target.get_submodule(inside)
+
+    def weight(self) -> Tensor:
+        """Return the base weight as a dense float matrix (*lead, out, in); not recorded by autograd."""
+        stored = dense_weight(self.holder, self.site.parameter)
+        return self.site.layout.matrix(stored)
+
+    def bias(self) -> Tensor | None:
+        """Return the base bias, or None."""
+        return self.holder._parameters.get("bias")
+
+    def edits(self) -> list[Edit]:
+        """Return the base tensors after merging, in float32: W′, and b′ where the method changes it."""
+        stored, holder = self.holder._parameters[self.site.parameter], self.holder
+        assert stored is not None
+        changed = self.method.weight(self, self.weight().float())
+        value = self.site.layout.stored(changed, stored)
+        edits = [Edit(holder, self.site.path, self.site.parameter, value, for_all_holders=self.site.whole)]
+        bias = self.bias() if self.site.called else None
+        new_bias = self.method.bias(self, bias)
+        if new_bias is not None and new_bias is not bias:
+            edits.append(Edit(holder, self.site.path, "bias", new_bias))
+        return edits
+
+
+class CallLeaf(WeightLeaf):
+    """A leaf beside the call of a module that applies its own weight."""
+
+    beside = True
+
+    def __init__(self, method: Method, site: Any, state: State, root: nn.Module, target: nn.Module) -> None:
+        super().__init__(method, site, state, root, target)
+        plain = base_class(target).forward is nn.Linear.forward and not is_packed(target)
+        self.fusible = plain and type(method).forward is WeightMethod.forward and self.method.has_factors
+
+    def around(self, call: Call, *args: Any, **kwargs: Any) -> Tensor:
+        x = args[0] if args else next(iter(kwargs.values()))
+        if self._fused(call):
+            return self(x)  # type: ignore[no-any-return]
+        return self(x, call(*args, **kwargs))  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Return the changed output; without `y`, the base product is computed here too."""
+        if y is None:
+            target: Any = self.target
+            factors = self.method.factors(self)
+            assert factors is not None
+            return linear_with_update(x, target.weight, target.bias, factors, self.training)
+        return self.method.forward(self, x, y)
+
+    def _fused(self, call: Any) -> bool:
+        """One function for base and update: a plain float linear map, this leaf innermost, no autocast."""
+        innermost = getattr(call.func, "__self__", None) is None
+        return self.fusible and innermost and not torch.is_autocast_enabled(self.target.weight.device.type)  # type: ignore[union-attr,arg-type]
+
+
+class ReadLeaf(WeightLeaf):
+    """A leaf whose weight is read, not called: its effective value is visible only inside the owner's forward."""
+
+    def around(self, call: Call, *args: Any, **kwargs: Any) -> Any:
+        return _with_value(self.holder, self.site.parameter, self, call, args, kwargs)
+
+    def read_through(self) -> list[tuple[nn.Module, str, tuple[str, ...]]]:
+        return [(self.holder, self.site.path, (self.site.parameter,))]
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the effective tensor in the storage orientation and dtype of `weight`."""
+        layout = self.site.layout
+        changed = self.method.weight(self, layout.matrix(weight))
+        return layout.stored(changed, weight).to(weight.dtype)
+
+
+class AliasLeaf(Leaf):
+    """Lets another holder of the same tied parameter read the effective value too; holds no tensors."""
+
+    def around(self, call: Call, *args: Any, **kwargs: Any) -> Any:
+        return _with_value(self.target, self.__dict__["parameter"], self.__dict__["partner"], call, args, kwargs)
+
+    def read_through(self) -> list[tuple[nn.Module, str, tuple[str, ...]]]:
+        return [(self.target, str(self.site), (self.__dict__["parameter"],))]
+
+    def edits(self) -> list[Edit]:
+        """The owner's edit reaches every holder."""
+        return []
+
+
+def _with_value(holder: Any, name: str, change: Call, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call while `holder.name` reads as its changed value."""
+    before = holder._trimtab_values
+    holder._trimtab_values = {**before, name: change(getattr(holder, name))}
+    try:
+        return call(*args, **kwargs)
+    finally:
+        holder._trimtab_values = before
+
+
+@dataclass(frozen=True)
+class WeightMethod(Method):
+    """A method that changes a weight. Give `delta` (or `weight`), and `factors` or `forward` where that is faster."""
+
+    has_factors = True
+
+    def sites(self, structure: Structure, targets: Targets) -> list[ParameterSite]:
+        found = [parameter_site(structure, item) for item in resolve(structure, targets)]
+        for site in found:
+            self.check_site(site)
+        return found
+
+    def check_site(self, site: ParameterSite) -> None:
+        """Refuse a site this method cannot act on; raises TargetError."""
+
+    def delta(self, leaf: WeightLeaf) -> Tensor:
+        """Reference: return ΔW (*lead, out, in)."""
+        raise NotImplementedError
+
+    def weight(self, leaf: WeightLeaf, weight: Tensor) -> Tensor:
+        """Reference: return W′ from W (*lead, out, in); W + ΔW unless the method is not additive."""
+        return weight + self.delta(leaf)
+
+    def bias(self, leaf: WeightLeaf, bias: Tensor | None) -> Tensor | None:
+        """Reference: return b′ from b."""
+        return bias
+
+    def factors(self, leaf: WeightLeaf) -> Factors | None:
+        """Fast path: return ΔW as a product, or None where this method has none."""
+        return None
+
+    def forward(self, leaf: WeightLeaf, x: Tensor, y: Tensor) -> Tensor:
+        """Return the output for input x, where y is the base module's output."""
+        factors = self.factors(leaf)
+        if factors is None:
+            return y + reference_update(leaf, x, self.delta(leaf)).to(y.dtype)
+        return add_update(leaf.site.layout, leaf.target, x, y, factors, leaf.training)
+
+
+def reference_update(leaf: WeightLeaf, x: Tensor, delta: Tensor) -> Tensor:
+    """Apply a dense ΔW (*lead, out, in) as the target applies its weight."""
+    layout, target = leaf.site.layout, leaf.target
+    if x.is_floating_point():
+        x = x.to(delta.dtype)
+    if isinstance(layout, ConvolutionLayout):
+        return target._conv_forward(x, layout.stored(delta, target.weight), None)  # type: ignore[no-any-return,operator]
+    return layout.down(target, x, delta)
+
+
+def refuse_embedding(method: str, site: ParameterSite) -> None:
+    """Refuse an embedding table for a method that needs real-valued inputs; raises TargetError."""
+    if isinstance(site.layout, EmbeddingLayout):
+        raise TargetError(f"{method} is not defined for the embedding {site.path!r}; leave it out of the targets.")

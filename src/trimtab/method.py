@@ -1,0 +1,238 @@
+"""The contract a method fulfils: its settings, its declared capabilities, its tensors; and the catalogue."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import SettingError, TrimtabError, suggestion
+
+if TYPE_CHECKING:
+    from trimtab.adapter import Part
+    from trimtab.hooks import Leaf
+    from trimtab.targets import Structure
+
+T = TypeVar("T")
+Targets = str | tuple[str, ...] | Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a method promises; `check_method` proves each entry and fails on a wrong one."""
+
+    starts_at_base: Literal["exact", "approximate", "no"]
+    merge: Literal["exact", "approximate", "none"]
+    merge_reason: str = ""
+    linear_in_parameters: bool = False
+    additive: bool = True
+    input_dependent: bool = False
+    causal_safe: bool = True
+    cached_generation: bool = True
+    quantized_base: bool = True
+    per_sample_gradients: bool = False
+    creates_bias: bool = False
+    routable: bool = True
+    requires_binding: bool = False
+    keeps_base: bool = True
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One tensor of a site: its shape, and how it is trained and kept.
+
+    `stored`: "always" in the adapter file, "seed" (rebuilt from the seed and checked by hash), "derived" (rebuilt
+    from the base weights), or "training" (schedule state: only in training checkpoints).
+    `lr_scale` multiplies the learning rate; `decay` false exempts the tensor from weight decay;
+    `reached` false says that the method does not expect a gradient here by the second step.
+    """
+
+    shape: tuple[int, ...]
+    trainable: bool = True
+    stored: Literal["always", "seed", "derived", "training"] = "always"
+    dtype: torch.dtype | None = None
+    lr_scale: float = 1.0
+    decay: bool = True
+    reached: bool = True
+
+
+def frozen(
+    *shape: int, stored: Literal["always", "seed", "derived", "training"], dtype: torch.dtype | None = None
+) -> Spec:
+    """Return the spec of a tensor that is never trained."""
+    return Spec(shape, trainable=False, stored=stored, dtype=dtype)
+
+
+def setting(
+    default: T,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    choices: tuple[T, ...] | None = None,
+) -> T:
+    """Declare one setting with its help text and range; `minimum`/`maximum` are inclusive, `above` is exclusive."""
+    bounds = {"minimum": minimum, "maximum": maximum, "above": above, "choices": choices}
+    return field(default=default, metadata={"help": help, **bounds})
+
+
+class _CheckedConstruction(type):
+    """Turns an unknown setting into a SettingError that names the nearest right one."""
+
+    if not TYPE_CHECKING:
+
+        def __call__(cls, *args: object, **settings: object) -> object:
+            known = [f.name for f in dataclasses.fields(cls)]
+            for name in settings:
+                if name not in known:
+                    raise SettingError(f"{cls.__name__} has no setting {name!r}." + suggestion(name, known))
+            if len(args) > len(known):
+                raise SettingError(f"{cls.__name__} takes at most {len(known)} settings, {len(args)} were given.")
+            return super().__call__(*args, **settings)
+
+
+@dataclass(frozen=True)
+class Method(metaclass=_CheckedConstruction):
+    """Settings and mathematics of one method. Subclass one of the kinds in `trimtab.kinds`, not this class.
+
+    The constructor stores its arguments and does nothing else; `attach` and `plan` validate them.
+    """
+
+    capabilities: ClassVar[Capabilities]
+    default_targets: ClassVar[Targets] = "all-linear"
+
+    def parts(self) -> tuple[Method, ...]:
+        """Return the methods this one consists of: itself, unless it is a composition."""
+        return (self,)
+
+    def validate(self) -> None:
+        """Check what the types and ranges of single settings cannot express; raises SettingError."""
+
+    def sites(self, structure: Structure, targets: Targets) -> list[Any]:
+        """Resolve targets to sites of this method's kind; raises TargetError."""
+        raise NotImplementedError
+
+    def tensors(self, site: Any) -> dict[str, Spec]:
+        """Return the tensors of one site; shapes only, so that it works on the meta device."""
+        raise NotImplementedError
+
+    def shared(self, sites: list[Any]) -> dict[str, Spec]:
+        """Return the tensors that all sites share, owned once by the adapter."""
+        return {}
+
+    def initialise(self, leaf: Leaf, generator: torch.Generator) -> None:
+        """Fill the leaf's tensors in place (they start at zero); called without gradient recording."""
+
+    def initialise_shared(self, sites: list[Any], tensors: dict[str, Tensor], generator: torch.Generator) -> None:
+        """Fill the shared tensors in place; called before `initialise`."""
+
+    def before_step(self, part: Part) -> None:
+        """Event: gradients are complete (unscaled) and the optimizer is about to step."""
+
+    def after_step(self, part: Part, step: int, total_steps: int) -> None:
+        """Event: the optimizer has made step `step` (0-based); gradients are still there."""
+
+    def before_merge(self, part: Part) -> None:
+        """Event: the adapter is about to be merged."""
+
+    def penalty(self, part: Part) -> Tensor | None:
+        """Return a scalar to be added to the loss, or None."""
+        return None
+
+
+def settings_of(method: Method) -> dict[str, object]:
+    """Return the settings that differ from their defaults, by name."""
+    changed = {}
+    for f in dataclasses.fields(method):
+        value = getattr(method, f.name)
+        if f.default is dataclasses.MISSING or value != f.default:
+            changed[f.name] = value
+    return changed
+
+
+def check_settings(method: Method) -> None:
+    """Check types and ranges of every setting, then the method's own rules; raises SettingError."""
+    hints = get_type_hints(type(method))
+    for f in dataclasses.fields(method):
+        value = getattr(method, f.name)
+        where = f"{type(method).__name__}({f.name}={value!r})"
+        if not _fits(value, hints[f.name]):
+            raise SettingError(f"{where}: expected {_readable(hints[f.name])}, found {type(value).__name__}.")
+        _check_range(where, value, f.metadata)
+    method.validate()
+
+
+def _check_range(where: str, value: object, metadata: Any) -> None:
+    choices = metadata.get("choices")
+    if choices is not None and value not in choices:
+        names = [str(choice) for choice in choices]
+        raise SettingError(f"{where}: choose one of {', '.join(names)}." + suggestion(str(value), names))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    minimum, maximum, above = metadata.get("minimum"), metadata.get("maximum"), metadata.get("above")
+    if minimum is not None and not value >= minimum:
+        raise SettingError(f"{where}: must be at least {minimum}.")
+    if maximum is not None and not value <= maximum:
+        raise SettingError(f"{where}: must be at most {maximum}.")
+    if above is not None and not value > above:
+        raise SettingError(f"{where}: must be above {above}.")
+
+
+def _fits(value: object, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    if origin is tuple:
+        inner = get_args(hint)[0]
+        return isinstance(value, tuple) and all(_fits(item, inner) for item in value)
+    if hint is Any:
+        return True
+    if origin is not None and not isinstance(origin, type):
+        return True
+    kind = origin or hint
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return callable(value) if kind is Callable or "Callable" in str(kind) else isinstance(value, kind)
+
+
+def _readable(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("collections.abc.", "")
+
+
+def _subclasses(base: type[Method]) -> Iterator[type[Method]]:
+    for child in base.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def methods() -> dict[str, type[Method]]:
+    """Return every known method by name: built in, installed by entry point, or defined in this process."""
+    package = importlib.import_module("trimtab.methods")
+    for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(info.name)
+    for entry in importlib.metadata.entry_points(group="trimtab.methods"):
+        entry.load()
+    found = {cls.__name__: cls for cls in _subclasses(Method) if "capabilities" in cls.__dict__}
+    return dict(sorted(found.items()))
+
+
+def find_method(name: str) -> type[Method]:
+    """Return the method class of that name; raises TrimtabError with the nearest names."""
+    catalogue = methods()
+    by_lower = {known.lower(): cls for known, cls in catalogue.items()}
+    if name.lower() not in by_lower:
+        raise TrimtabError(f"there is no method {name!r}." + suggestion(name, catalogue))
+    return by_lower[name.lower()]

@@ -1,0 +1,1 @@
+"""Methods of the kind activation: one file each, found by existing."""

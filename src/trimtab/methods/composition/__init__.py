@@ -1,0 +1,1 @@
+"""Methods of the kind composition: one file each, found by existing."""

@@ -1,0 +1,34 @@
+"""Composition of methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trimtab.errors import SettingError
+from trimtab.method import Capabilities, Method, Spec
+
+
+@dataclass(frozen=True, init=False)
+class Compose(Method):
+    """Several methods as one adapter: attached, trained, saved and disabled together.
+
+    `Compose(PrefixTuning(length=30), ParallelAdapter(bottleneck=512))`. Each part keeps its own targets; parts that
+    act on the same place act in the order given. Mergeable when every part is.
+    """
+
+    methods: tuple[Method, ...]
+
+    capabilities = Capabilities(starts_at_base="exact", merge="exact")
+
+    def __init__(self, *parts: Method, methods: tuple[Method, ...] = ()) -> None:
+        object.__setattr__(self, "methods", (*parts, *methods))
+
+    def parts(self) -> tuple[Method, ...]:
+        return tuple(part for method in self.methods for part in method.parts())
+
+    def validate(self) -> None:
+        if not self.methods:
+            raise SettingError("Compose() needs at least one method.")
+
+    def tensors(self, site: object) -> dict[str, Spec]:
+        raise SettingError("a composition has no sites of its own; its parts have.")

@@ -1,0 +1,1 @@
+"""Methods of the kind selection: one file each, found by existing."""

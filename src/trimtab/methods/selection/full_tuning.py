@@ -1,0 +1,36 @@
+"""Full fine-tuning of chosen tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from trimtab.kinds.selection import SelectionMethod
+from trimtab.kinds.weight import ParameterSite, WeightLeaf
+from trimtab.method import Capabilities, Spec, Targets, setting
+
+
+@dataclass(frozen=True)
+class FullTuning(SelectionMethod):
+    """Full fine-tuning of the targeted tensors, on a copy that the forward reads; the base stays as it was.
+
+    `targets="all"` is ordinary full fine-tuning; `targets="head"` trains a new head as part of the adapter.
+    Trainable: every number of the targeted tensors; tied tensors are one.
+    """
+
+    targets: Targets = setting("all", "tensors, or modules whose tensors are trained")
+
+    capabilities = Capabilities(
+        starts_at_base="exact",
+        merge="exact",
+        linear_in_parameters=True,
+        additive=False,
+        quantized_base=False,
+    )
+
+    def tensors(self, site: ParameterSite) -> dict[str, Spec]:
+        return {"value": Spec(site.shape, decay=len(site.shape) > 1)}
+
+    def initialise(self, leaf: WeightLeaf, generator: torch.Generator) -> None:
+        leaf.value.copy_(leaf.weight())

@@ -1,0 +1,1 @@
+"""Methods of the kind stack: one file each, found by existing."""

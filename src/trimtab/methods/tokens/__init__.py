@@ -1,0 +1,1 @@
+"""Methods of the kind tokens: one file each, found by existing."""

@@ -1,0 +1,1 @@
+"""Methods of the kind weight: one file each, found by existing."""

@@ -1,0 +1,188 @@
+"""Routing: one adapter per row of the batch, in inference and in training, safe under activation checkpointing."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import AttachError, suggestion
+from trimtab.hooks import Call, Leaf
+
+if TYPE_CHECKING:
+    from trimtab.attachment import Attached
+
+_tickets = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Route:
+    """The adapter of each row (None: the base), grouped; `ticket` tells one `with` block from another."""
+
+    rows: tuple[str | None, ...]
+    ticket: int
+    groups: dict[str | None, Tensor]
+    inverse: Tensor
+
+    def index(self, name: str | None, tensor: Tensor) -> Tensor:
+        """Return the positions along dimension 0 that belong to one adapter; rows may be flattened with tokens."""
+        rows, total = len(self.rows), tensor.shape[0]
+        if total == rows:
+            return self.groups[name].to(tensor.device)
+        if total % rows:
+            raise AttachError(
+                f"a routed batch of {rows} rows reached a module with {total} entries in its first dimension; "
+                f"the rows cannot be told apart there."
+            )
+        return _spread(self.groups[name], total // rows).to(tensor.device)
+
+    def restore(self, pieces: list[Tensor]) -> Tensor:
+        """Put the groups' rows back into the order of the batch."""
+        joined = torch.cat(pieces)
+        order = self.inverse if joined.shape[0] == len(self.rows) else _spread(self.inverse, joined.shape[0] // len(self.rows))
+        return joined.index_select(0, order.to(joined.device))
+
+
+def _spread(rows: Tensor, factor: int) -> Tensor:
+    return (rows.unsqueeze(1) * factor + torch.arange(factor)).view(-1)
+
+
+@dataclass
+class Routing:
+    """The routing state of one model."""
+
+    route: Route | None = None
+    outstanding: set[int] = field(default_factory=set)
+    recomputed: set[int] = field(default_factory=set)
+    root_records: bool = False
+    last_routed: bool = False
+
+    @property
+    def engaged(self) -> bool:
+        """Whether calls must go through `run`: inside a route, or in a recomputation that may have missed one."""
+        return self.route is not None or (self.last_routed and _in_backward())
+
+    def before_forward(self) -> None:
+        """A forward of the whole model begins."""
+        self.root_records = torch.is_grad_enabled()
+        self.last_routed = self.route is not None
+
+    def run(self, module: nn.Module, call: Call, leaves: list[Leaf], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one hooked module for a routed batch."""
+        if self.route is None:
+            raise AttachError(
+                "activation checkpointing recomputes a routed forward after its `with trimtab.route(...)` has ended: "
+                "the gradients would be those of other adapters. Run backward inside the `with`."
+            )
+        self._check_recomputation(self.route)
+        if not leaves:
+            return call(*args, **kwargs)
+        output = _beside(self.route, call, leaves, args, kwargs) if all(leaf.beside for leaf in leaves) else _apart(
+            self.route, call, leaves, args, kwargs
+        )
+        if isinstance(output, Tensor) and output.requires_grad:
+            return _SameRoute.apply(output, torch.tensor(self.route.ticket), self.route.ticket)  # type: ignore[no-untyped-call]
+        return output
+
+    def _check_recomputation(self, route: Route) -> None:
+        """Reentrant checkpointing records nothing in its first pass; only counting shows whose forward it repeats."""
+        if not torch.is_grad_enabled() and self.root_records and not _in_backward():
+            self.outstanding.add(route.ticket)
+        if not _in_backward():
+            return
+        self.recomputed.add(route.ticket)
+        if self.outstanding - {route.ticket}:
+            raise AttachError(
+                "activation checkpointing recomputes a forward of another `with trimtab.route(...)` block: run each "
+                "backward inside its own block, or use checkpointing with use_reentrant=False."
+            )
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class _SameRoute(torch.autograd.Function):
+    """Identity whose backward stops when a recomputation ran under another route than the forward did.
+
+    The ticket is kept twice: as an attribute (the forward's) and as a saved tensor, which a recomputation replaces.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, ticket: Tensor, own: int) -> Tensor:
+        ctx.save_for_backward(ticket)
+        ctx.own = own
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (ticket,) = ctx.saved_tensors
+        if int(ticket) != ctx.own:
+            raise AttachError(
+                "activation checkpointing recomputed a routed forward under another `with trimtab.route(...)` block; "
+                "run each backward inside its own block."
+            )
+        return grad, None, None
+
+
+def _members(leaves: list[Leaf], name: str | None) -> list[Leaf]:
+    return [leaf for leaf in leaves if leaf.state.name == name and not leaf.state.merged]
+
+
+def _beside(route: Route, call: Call, leaves: list[Leaf], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Every leaf acts beside the module: the module runs once, each adapter on its own rows."""
+    x = args[0] if args else next(iter(kwargs.values()))
+    y = call(*args, **kwargs)
+    pieces = []
+    for name in route.groups:
+        rows = route.index(name, x)
+        piece = y.index_select(0, rows)
+        for leaf in _members(leaves, name):
+            piece = leaf(x.index_select(0, rows), piece)
+        pieces.append(piece)
+    return route.restore(pieces)
+
+
+def _apart(route: Route, call: Call, leaves: list[Leaf], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the module once for each adapter, on that adapter's rows."""
+    for leaf in leaves:
+        if not leaf.method.capabilities.routable:
+            raise AttachError(f"{type(leaf.method).__name__} (adapter {leaf.state.name!r}) cannot be routed by rows.")
+    outputs = []
+    for name in route.groups:
+        chain = call
+        for leaf in _members(leaves, name):
+            chain = functools.partial(leaf.around, chain)
+
+        def pick(value: Any, name: str | None = name) -> Any:
+            return value.index_select(0, route.index(name, value)) if isinstance(value, Tensor) and value.dim() else value
+
+        outputs.append(chain(*map(pick, args), **{key: pick(value) for key, value in kwargs.items()}))
+    if isinstance(outputs[0], Tensor):
+        return route.restore(outputs)
+    if isinstance(outputs[0], tuple) and isinstance(outputs[0][0], Tensor) and not any(outputs[0][1:]):
+        return (route.restore([output[0] for output in outputs]), *outputs[0][1:])
+    raise AttachError(f"a routed module returned {type(outputs[0]).__name__}, whose rows cannot be put together again.")
+
+
+@contextlib.contextmanager
+def route_rows(attached: Attached, rows: Sequence[str | None]) -> Iterator[None]:
+    """Give each row of the batch its own adapter inside the `with`; None is the base model."""
+    for name in rows:
+        if name is not None and name not in attached.adapters:
+            raise AttachError(f"route: there is no adapter {name!r}." + suggestion(name, attached.adapters))
+    routing, before = attached.routing, attached.routing.route
+    groups = {name: torch.tensor([i for i, row in enumerate(rows) if row == name]) for name in dict.fromkeys(rows)}
+    inverse = torch.argsort(torch.cat(list(groups.values())))
+    routing.route = Route(tuple(rows), next(_tickets), groups, inverse)
+    try:
+        yield
+    finally:
+        routing.outstanding -= routing.recomputed
+        routing.route = before

@@ -1,0 +1,192 @@
+"""Targets: roles, patterns and functions, resolved to places in a model. Every clause must match, or it is an error.
+
+Grammar of a string: clauses joined by `|` (union) and `-` (without, blanks around it). A clause is a role
+(`attention`), a name or glob over module names (`q_proj`, `encoder.*.dense`), or `re:` and a regular expression;
+`[first:last]` behind it keeps the blocks first … last-1. `module:parameter` names one parameter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from trimtab.errors import TargetError, suggestion
+from trimtab.method import Targets
+from trimtab.structure import Attention, Convolution, FeedForward, Structure, is_norm
+
+__all__ = ["ROLES", "Item", "Structure", "resolve"]
+
+_CLAUSE = re.compile(r"^(?P<name>.+?)(\[(?P<first>\d*):(?P<last>\d*)\])?$")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One place: a module, or one parameter of it."""
+
+    path: str
+    parameter: str | None = None
+
+    def __str__(self) -> str:
+        return self.path if self.parameter is None else f"{self.path}:{self.parameter}"
+
+
+def _paths(*names: str | None) -> list[Item]:
+    return [Item(name) for name in names if name]
+
+
+def _projections(part: Attention) -> list[Item]:
+    if part.query is None and part.fused is None:  # nn.MultiheadAttention keeps raw parameters
+        return [Item(part.path, "in_proj_weight"), Item(part.path + ".out_proj", "weight")]
+    return _paths(part.fused, part.query, part.key, part.value, part.output)
+
+
+def _attention_output(part: Attention) -> Item:
+    return Item(part.output or part.path)
+
+
+def _feed_forward(s: Structure, part: FeedForward) -> list[Item]:
+    return _paths(*s.feed_forward_linears(part.block))
+
+
+def _of_type(*types: type[nn.Module]) -> Callable[[Structure], list[Item]]:
+    return lambda s: [Item(path) for path, module in s.modules.items() if isinstance(module, types)]
+
+
+def _parameters(s: Structure, wanted: Callable[[str, nn.Parameter], bool]) -> list[Item]:
+    found, seen = [], set()
+    for path, module in s.modules.items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen and wanted(name, parameter):
+                seen.add(id(parameter))
+                found.append(Item(path, name))
+    return found
+
+
+def _all_linear(s: Structure) -> list[Item]:
+    raw = [i for a in s.attentions if a.query is None and a.fused is None for i in _projections(a)]
+    covered = {i.path for i in raw}
+    return [Item(path) for path in s.linears if path != s.head and path not in covered] + raw
+
+
+ROLES: dict[str, Callable[[Structure], list[Item]]] = {
+    "all-linear": _all_linear,
+    "attention": lambda s: [i for a in s.attentions for i in _projections(a)],
+    "attention-core": lambda s: _paths(*(a.path for a in s.attentions)),
+    "query": lambda s: _paths(*(a.query or a.fused for a in s.attentions)),
+    "key": lambda s: _paths(*(a.key or a.fused for a in s.attentions)),
+    "value": lambda s: _paths(*(a.value or a.fused for a in s.attentions)),
+    "attention-output": lambda s: [_attention_output(a) for a in s.attentions],
+    "mlp": lambda s: [i for f in s.feed_forwards for i in _feed_forward(s, f)],
+    "mlp-input": lambda s: _paths(*(p for f in s.feed_forwards for p in f.inputs)),
+    "mlp-output": lambda s: _paths(*(p for f in s.feed_forwards for p in f.outputs)),
+    "feed-forward": lambda s: _paths(*(f.sink for f in s.feed_forwards)),
+    "experts": lambda s: [Item(path, name) for path, name in s.expert_parameters],
+    "norm": lambda s: [Item(path) for path, module in s.modules.items() if is_norm(module)],
+    "embedding": _of_type(nn.Embedding),
+    "convolution": _of_type(*Convolution),
+    "block": lambda s: _paths(*s.blocks),
+    "head": lambda s: _paths(s.head),
+    "bias": lambda s: _parameters(s, lambda name, p: name.endswith("bias") and p.dim() == 1),
+    "all": lambda s: _parameters(s, lambda name, p: p.dtype.is_floating_point),
+}
+
+
+def resolve(structure: Structure, targets: Targets) -> list[Item]:
+    """Return the items that the targets name, in order of registration; raises TargetError.
+
+    `targets` is a string (see the module's grammar), a tuple of strings (union), or a function (name, module) -> bool.
+    """
+    if callable(targets):
+        found = [Item(path) for path, module in structure.modules.items() if path and targets(path, module)]
+        if not found:
+            raise TargetError("the target function accepted no module; `trimtab plan --sites` lists what there is.")
+        return found
+    expressions = (targets,) if isinstance(targets, str) else targets
+    if not expressions:
+        raise TargetError("no targets were given.")
+    found = [item for expression in expressions for item in _evaluate(structure, expression)]
+    return list(dict.fromkeys(found))
+
+
+def _evaluate(structure: Structure, expression: str) -> list[Item]:
+    items: list[Item] = []
+    for sign, clause in _split(expression):
+        matched = _match(structure, clause)
+        if sign == "|":
+            items += [item for item in matched if item not in items]
+            continue
+        overlap = [item for item in items if item in matched]
+        if not overlap:
+            raise TargetError(f"target {expression!r}: {clause!r} removes nothing from what stands before it.")
+        items = [item for item in items if item not in matched]
+    if not items:
+        raise TargetError(f"target {expression!r} leaves nothing.")
+    return items
+
+
+def _split(expression: str) -> list[tuple[str, str]]:
+    if expression.startswith("re:"):
+        return [("|", expression)]
+    pieces = re.split(r"\s+(-)\s+|\s*(\|)\s*", expression.strip())
+    tokens = [piece for piece in pieces if piece]
+    if not tokens or tokens[0] in "|-":
+        raise TargetError(f"target {expression!r} does not start with a clause.")
+    clauses = [("|", tokens[0])]
+    rest = tokens[1:]
+    if len(rest) % 2:
+        raise TargetError(f"target {expression!r} ends with an operator.")
+    return clauses + list(zip(rest[::2], rest[1::2], strict=True))
+
+
+def _match(structure: Structure, clause: str) -> list[Item]:
+    parsed = _CLAUSE.match(clause)
+    name = parsed["name"] if parsed and not clause.startswith("re:") else clause
+    items = ROLES[name](structure) if name in ROLES else _named(structure, name)
+    if not items:
+        names = [*ROLES, *(path for path in structure.modules if path)]
+        role = "this model has no part in the role" if name in ROLES else "no module or role is called"
+        hint = "" if name in ROLES else suggestion(name, names)
+        raise TargetError(f"target {clause!r}: {role} {name!r}.{hint} `trimtab plan --sites` lists what there is.")
+    if parsed is None or clause.startswith("re:") or parsed["first"] is None:
+        return items
+    return _in_blocks(structure, clause, items, parsed["first"], parsed["last"])
+
+
+def _in_blocks(structure: Structure, clause: str, items: list[Item], first: str, last: str) -> list[Item]:
+    count = 1 + max((structure.block_index(block) or 0 for block in structure.blocks), default=-1)
+    low, high = int(first or 0), int(last or count)
+    if not 0 <= low < high <= count:
+        raise TargetError(f"target {clause!r}: the model has the blocks 0 to {count - 1}; asked for {low} to {high - 1}.")
+    kept = [i for i in items if (index := structure.block_index(i.path)) is not None and low <= index < high]
+    if not kept:
+        raise TargetError(f"target {clause!r}: nothing of it lies in the blocks {low} to {high - 1}.")
+    return kept
+
+
+def _named(structure: Structure, name: str) -> list[Item]:
+    module_name, _, parameter = name.partition(":") if not name.startswith("re:") else (name, "", "")
+    if module_name.startswith("re:"):
+        try:
+            pattern = re.compile(module_name[3:])
+        except re.error as error:
+            raise TargetError(f"target {name!r} is not a regular expression: {error}.") from error
+        paths = [path for path in structure.modules if path and pattern.fullmatch(path)]
+    else:
+        paths = [path for path in structure.modules if path and _fits(path, module_name)]
+        if not module_name and parameter:
+            paths = [""]
+    if not parameter:
+        return [Item(path) for path in paths]
+    holders = [path for path in paths if structure.modules[path]._parameters.get(parameter) is not None]
+    if paths and not holders:
+        have = sorted({key for path in paths for key in structure.modules[path]._parameters})
+        raise TargetError(f"target {name!r}: no such parameter." + suggestion(parameter, have or ["(none)"]))
+    return [Item(path, parameter) for path in holders]
+
+
+def _fits(path: str, pattern: str) -> bool:
+    return path == pattern or fnmatchcase(path, pattern) or fnmatchcase(path, "*." + pattern)

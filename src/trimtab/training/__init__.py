@@ -1,0 +1,1 @@
+"""Training: data, tasks, batches, models and the loop; needs the extra `hf`."""
