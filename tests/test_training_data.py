@@ -334,6 +334,8 @@ def test_training_keeps_every_class_and_no_part_has_more_than_a_row_above_its_sh
     table = make_table([str(label) for label, size in enumerate(sizes) for _ in range(size)])
     split = split_table(table, validation=validation, test=test, label="label")
     assert set(split.train.labels("label")) == set(table.labels("label"))
+    parts = [part for part in (split.train, split.validation, split.test) if part is not None]
+    assert sorted(row for part in parts for row in part.rows) == sorted(table.rows)
     for part, share in ((split.validation, validation), (split.test, test)):
         assert part is not None
         for label, count in Counter(part.labels("label")).items():

@@ -223,9 +223,9 @@ def test_a_long_completion_keeps_a_token_of_its_prompt() -> None:
 
 def test_a_token_across_the_border_is_split_at_the_border() -> None:
     # Together "four" + "five" are one unknown word; in use the prompt ends after its own tokens.
-    rows = make_table(("prompt", "completion"), ("one four", "five"))
+    rows = make_table(("prompt", "completion"), ("one four", "five two"))
     encoded = CausalLM.from_table(rows).encode(rows, make_tokenizer(), 8)
-    assert encoded.inputs[0].tolist() == [ONE, FOUR, FIVE, EOS]
+    assert encoded.inputs[0].tolist() == [ONE, FOUR, FIVE, TWO, EOS]
 
 
 def test_the_form_of_a_language_model_is_told_from_the_columns() -> None:
