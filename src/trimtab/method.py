@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.metadata
+import inspect
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -91,12 +92,15 @@ class _CheckedConstruction(type):
     if not TYPE_CHECKING:
 
         def __call__(cls, *args: object, **settings: object) -> object:
-            known = [f.name for f in dataclasses.fields(cls)]
+            signature = inspect.signature(cls.__init__)
+            known = [name for name in signature.parameters if name != "self" and name in cls.__dataclass_fields__]
             for name in settings:
                 if name not in known:
                     raise SettingError(f"{cls.__name__} has no setting {name!r}." + suggestion(name, known))
-            if len(args) > len(known):
-                raise SettingError(f"{cls.__name__} takes at most {len(known)} settings, {len(args)} were given.")
+            try:
+                signature.bind(None, *args, **settings)
+            except TypeError as error:
+                raise SettingError(f"{cls.__name__}: {error}; its settings are {', '.join(known)}.") from error
             return super().__call__(*args, **settings)
 
 
