@@ -27,7 +27,7 @@ from trimtab.training.splits import split_table
 from trimtab.training.table import Table
 from trimtab.training.tasks import make_task
 
-HEAD = "classifier | bert.pooler"
+HEAD = tt.FullTuning(targets="classifier", lr_scale=20.0)  # the fresh head needs a larger rate than the encoder
 BATCH, EPOCHS, WARMUP, LENGTH = 32, 2, 0.06, 64
 
 
@@ -42,9 +42,9 @@ class Run:
 
 
 RUNS = (
-    Run("linear probe", tt.FullTuning(targets="classifier"), 1e-2, (3e-3, 1e-2, 3e-2)),
-    Run("LoRA r=8", tt.Compose(tt.LoRA(rank=8), tt.FullTuning(targets=HEAD)), 2e-3, (1e-3, 2e-3, 4e-3)),
-    Run("full fine-tuning", tt.FullTuning(), 3e-4, (1e-4, 2e-4, 4e-4)),
+    Run("linear probe", tt.LinearProbe(targets="classifier"), 1e-1, (3e-2, 1e-1, 3e-1)),
+    Run("LoRA r=8", tt.Compose(tt.LoRA(rank=8), tt.FullTuning(targets="classifier")), 4e-3, (2e-3, 4e-3, 8e-3)),
+    Run("full fine-tuning", tt.Compose(tt.FullTuning(targets="all - classifier"), HEAD), 2e-4, (1e-4, 2e-4, 4e-4)),
 )
 
 
@@ -53,7 +53,7 @@ def train_once(run: Run, lr: float, seed: int, train: Table, test: Table, fracti
     torch.manual_seed(seed)
     task = make_task("classification", train, {"text": "text", "label": "category"})
     loaded = load_model("minilm", task, seed)
-    adapter = tt.attach(loaded.model, run.method, seed=seed, base_mode="eval" if "probe" in run.name else "follow")
+    adapter = tt.attach(loaded.model, run.method, seed=seed)
     encoded = task.encode(train, loaded.tokenizer, LENGTH)
     loader = make_loader(encoded, BATCH, seed=seed, group_by_length=True)
     total = int(EPOCHS * len(loader) * fraction)

@@ -69,7 +69,7 @@ class Adapter:
     first_penalty_taken: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "binding": None}  # a copy of the model has no optimizer yet
+        return {**self.__dict__, "binding": None, "first_version": None}  # a copy has no optimizer yet
 
     def leaves(self) -> list[Leaf]:
         """Return every leaf, in order of attaching."""

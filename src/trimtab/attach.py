@@ -31,17 +31,20 @@ def attach(
     name: str = "default",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-    base_mode: Literal["follow", "eval"] = "follow",
+    base_mode: Literal["follow", "eval"] | None = None,
 ) -> Adapter:
     """Attach a method to a model, in place; the model stays the user's object, its base is frozen.
 
     `seed` alone decides the adapter's start. `dtype` is that of the adapter's numbers, whatever the base's.
-    `base_mode="eval"` keeps the base in evaluation mode (no dropout, fixed statistics) also while training.
+    `base_mode="eval"` keeps the base in evaluation mode (no dropout, fixed statistics) also while training; "follow"
+    lets it follow `model.train()`; None takes what the method asks for, and "eval" where one part of it does.
     Raises SettingError, TargetError, AttachError; the model is unchanged then.
     """
     _check_arguments(model, method, name, seed, dtype)
     structure = Structure(model)
     parts = [_resolved(structure, part, index) for index, part in enumerate(_checked_parts(method))]
+    if base_mode is None:
+        base_mode = "eval" if any(p.method.capabilities.base_mode == "eval" for p in parts) else "follow"
     return build(model, method, parts, name, seed, dtype, base_mode)
 
 
@@ -75,14 +78,13 @@ def _checked_parts(method: Method) -> tuple[Method, ...]:
 
 
 def _resolved(structure: Structure, method: Method, index: int) -> Part:
-    targets = getattr(method, "targets", None) or method.default_targets
-    items = resolve(structure, targets)
+    items = resolve(structure, vars(method)["targets"])
     return resolved_part(structure, method, index, items)
 
 
 def resolved_part(structure: Structure, method: Method, index: int, items: list[Item]) -> Part:
     """Return an unattached part for given items; used by `attach` and by loading, which knows the items."""
-    sites = method.sites(structure, tuple(str(item) for item in items))
+    sites = method.sites(structure, tuple(f"={item}" for item in items))
     part = Part(method, index, items, sites, State(""), structure.model)
     part.specs = {str(site): method.tensors(site) for site in sites}
     part.shared_specs = method.shared(sites)

@@ -28,6 +28,10 @@ class TrainingError(TrimtabError):
     """Training would go on without doing what was asked."""
 
 
+class Interrupted(TrimtabError):
+    """The user stopped a training run; says what was saved and how to go on."""
+
+
 class AdapterFileError(TrimtabError):
     """An adapter file cannot be written or read; names the file, the cause and the way out."""
 

@@ -25,35 +25,36 @@ class Binding:
     has_penalty: bool
     penalty_taken: bool = False
     skipped: bool = False
+    still: int = 0
     reached: set[str] = field(default_factory=set)
     handles: list[Any] = field(default_factory=list)
 
     def before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Gradients are complete: unscale what a fused step would unscale, add penalties, run the methods' event."""
-        self.skipped = _overflowed(optimizer)
-        if self.skipped or not self.adapter.active:
+        """Gradients are complete: unscale them, add penalties, run the methods' event."""
+        self.skipped = _overflowed(optimizer) or not (self.adapter.active and self.adapter.trainable)
+        if self.skipped:
             return
+        _unscale(optimizer)
         if self.has_penalty:
-            self._take_penalty(_scale_of(optimizer))
+            self._take_penalty()
         for part in self.adapter.parts:
             part.method.before_step(part)
 
     def after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """The optimizer has stepped: run the schedules, with gradients as they would be without loss scaling."""
-        if self.skipped or not self.adapter.active:
+        """The optimizer has stepped: run the schedules; the gradients are still there."""
+        if self.skipped:
             return
-        adapter, scale = self.adapter, _scale_of(optimizer)
-        parameters = list(adapter.parameters())
-        _multiply_gradients(parameters, 1.0 / scale)
+        adapter = self.adapter
         with torch.no_grad():
             for part in adapter.parts:
                 part.method.after_step(part, adapter.steps, self.total_steps)
-        _multiply_gradients(parameters, scale)
         adapter.steps += 1
-        if adapter.steps <= 2:
-            self._check_reach(last=adapter.steps == 2)
+        # A warm-up that starts at zero moves nothing in its first step, and the second gradient is the first again.
+        self.still += all(float(group["lr"]) == 0.0 for group in optimizer.param_groups)
+        if adapter.steps - self.still <= 2:
+            self._check_reach(last=adapter.steps - self.still == 2)
 
-    def _take_penalty(self, scale: float) -> None:
+    def _take_penalty(self) -> None:
         if self.penalty == "loss":
             if not self.penalty_taken:
                 raise TrainingError(
@@ -68,9 +69,10 @@ class Binding:
         assert value is not None
         gradients = torch.autograd.grad(value, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                extra = gradient * scale
-                parameter.grad = extra if parameter.grad is None else parameter.grad + extra
+            if gradient is not None and parameter.grad is not None:
+                parameter.grad.add_(gradient)  # in place: distributed training keeps views of it
+            elif gradient is not None:
+                parameter.grad = gradient
 
     def _check_reach(self, last: bool) -> None:
         """After the second step every tensor must have received a gradient, where its method says so."""
@@ -83,7 +85,8 @@ class Binding:
                 self.reached.add(name)
         missing = [name for name in expected if name not in self.reached]
         if last and missing:
-            shown = ", ".join(repr(name) for name in missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            shown = ", ".join(repr(name) for name in missing[:5]) + more
             raise TrainingError(
                 f"adapter {self.adapter.name!r}: after two steps no gradient has reached {shown} "
                 f"({len(missing)} of {len(expected)} tensors). They would never train: the model does not use these "
@@ -91,15 +94,14 @@ class Binding:
             )
 
     def release(self) -> None:
-        """Take the hooks off the optimizer."""
+        """Take the hooks off the optimizer; the adapter can then be bound to another one."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        self.adapter.binding = None
 
 
-def bind(
-    adapter: Adapter, optimizer: Any, total_steps: int | None, penalty: Literal["step", "loss"]
-) -> None:
+def bind(adapter: Adapter, optimizer: Any, total_steps: int | None, penalty: Literal["step", "loss"]) -> None:
     """Hang an adapter's schedule, penalty and gradient check on an optimizer (accelerate's wrapper is seen through).
 
     `total_steps`: optimizer steps of the whole run; needed by methods with a schedule. `penalty`: "step" adds the
@@ -111,8 +113,8 @@ def bind(
     needs = [p.method for p in adapter.parts if p.method.capabilities.requires_binding]
     if needs and (total_steps is None or total_steps < 1):
         raise TrainingError(
-            f"{type(needs[0]).__name__} follows a schedule over the whole run: bind(optimizer, total_steps=…) needs the "
-            f"number of optimizer steps, found {total_steps!r}."
+            f"{type(needs[0]).__name__} follows a schedule over the whole run: bind(optimizer, total_steps=…) needs "
+            f"the number of optimizer steps, found {total_steps!r}."
         )
     held = {id(p) for group in inner.param_groups for p in group["params"]}
     absent = [name for name, p in adapter.named_parameters() if p.requires_grad and id(p) not in held]
@@ -121,6 +123,8 @@ def bind(
             f"the optimizer does not hold {len(absent)} of the adapter's parameters, for example {absent[0]!r}: "
             f"make it from adapter.parameter_groups(lr=…), after attaching and after any sharding."
         )
+    for part in adapter.parts:
+        part.method.check_schedule(total_steps or 0)
     has_penalty = any(part.method.penalty(part) is not None for part in adapter.parts)
     binding = Binding(adapter, inner, total_steps or 0, penalty, has_penalty)
     binding.handles.append(inner.register_step_pre_hook(binding.before_step))
@@ -141,19 +145,22 @@ def unwrap(optimizer: Any) -> torch.optim.Optimizer:
     return seen
 
 
-def _scale_of(optimizer: torch.optim.Optimizer) -> float:
-    """The loss scale still contained in the gradients: a fused step unscales by itself."""
+def _unscale(optimizer: Any) -> None:
+    """Take the loss scale out of the gradients where the optimizer's fused step would do so, and tell it so.
+
+    GradScaler leaves the scale in the gradients of such optimizers and hands it over in `grad_scale`; None there means
+    that they are unscaled already.
+    """
     scale = getattr(optimizer, "grad_scale", None)
-    return float(scale) if isinstance(scale, Tensor) else 1.0
+    if not isinstance(scale, Tensor):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.div_(scale.to(parameter.grad.device))
+    optimizer.grad_scale = None
 
 
 def _overflowed(optimizer: torch.optim.Optimizer) -> bool:
     found = getattr(optimizer, "found_inf", None)
     return isinstance(found, Tensor) and bool(found.item())
-
-
-def _multiply_gradients(parameters: list[torch.nn.Parameter], factor: float) -> None:
-    if factor != 1.0:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor)

@@ -53,7 +53,7 @@ class Leaf(nn.Module):
     generates = False
     if TYPE_CHECKING:
 
-        def __getattr__(self, name: str) -> Any: ...
+        def __getattr__(self, name: str) -> Tensor: ...
 
     def __init__(self, method: Method, site: Any, state: State, root: nn.Module, target: nn.Module) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def _call_through(module: Any, forward: Call, args: tuple[Any, ...], kwargs: dic
 
 def _rebuild(base: type[nn.Module], parameters: tuple[str, ...]) -> nn.Module:
     """Recreate an instance of a generated class; used by pickle and deepcopy."""
-    cls = hooked_class(base, parameters)
+    cls = hooked_class(base, parameters)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
@@ -118,7 +118,7 @@ def hooked_class(base: type[nn.Module], parameters: tuple[str, ...] = ()) -> typ
         return _call_through(self, base.forward, args, kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        _, _, *rest = object.__reduce_ex__(self, max(2, int(protocol)))
+        rest: Any = object.__reduce_ex__(self, max(2, int(protocol)))[2:]
         return (_rebuild, (base, parameters), *rest)
 
     namespace: dict[str, Any] = {
@@ -138,7 +138,8 @@ def hooked_class(base: type[nn.Module], parameters: tuple[str, ...] = ()) -> typ
         namespace["save_pretrained"] = _refuse_save_pretrained
     if "generate" in dir(base):
         namespace["generate"] = _generate_of(base)
-    return type(base)(base.__name__, (base,), namespace)
+    generated: type[nn.Module] = type.__new__(type(base), base.__name__, (base,), namespace)
+    return generated
 
 
 def _train_of(base: type[nn.Module]) -> Call:
@@ -152,15 +153,15 @@ def _train_of(base: type[nn.Module]) -> Call:
 
 
 def _generate_of(base: Any) -> Call:
-    """Generation starts from token ids; a leaf on the root that adds inputs must start it from embeddings instead."""
+    """Generation counts the tokens it is given; a leaf on the root that adds some takes part in that."""
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         call: Call = functools.partial(base.generate, self)
-        for key in self._trimtab_keys:
-            leaf = self._modules[key]
-            if leaf.state.active and leaf.generates:
-                return leaf.generate(call, args, kwargs)
-        return call(*args, **kwargs)
+        leaves = [leaf for key in self._trimtab_keys if (leaf := self._modules[key]).generates and leaf.state.active]
+        if len(leaves) > 1:
+            names = ", ".join(repr(leaf.state.name) for leaf in leaves)
+            raise AttachError(f"generate cannot put several prompts in front of one input, found {names}; use one.")
+        return leaves[0].generate(call, args, kwargs) if leaves else call(*args, **kwargs)
 
     return generate
 
@@ -217,7 +218,7 @@ def hook(module: nn.Module, path: str, attached: Any, parameters: tuple[str, ...
         module.__dict__["_trimtab_keys"] = ()
         module.__dict__["_trimtab_values"] = {}
         module.__dict__["_trimtab_attached"] = attached
-    module.__class__ = hooked_class(base_class(module), wanted)
+    module.__class__ = hooked_class(base_class(module), wanted)  # type: ignore[arg-type]
 
 
 def unhook(module: nn.Module) -> None:
@@ -277,3 +278,14 @@ def _no_change(module: nn.Module, args: Any) -> None:
 def signature_of(module: nn.Module) -> inspect.Signature:
     """Return the signature of the user's own forward."""
     return inspect.signature(base_class(module).forward)
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the module's own forward by their names."""
+    if not args:
+        return dict(kwargs)
+    bound = signature_of(module).bind_partial(module, *args, **kwargs)
+    _, *names = bound.arguments
+    variable = {p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD}
+    named = {name: bound.arguments[name] for name in names if name not in variable}
+    return named | {key: value for name in variable for key, value in bound.arguments.get(name, {}).items()}

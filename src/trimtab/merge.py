@@ -107,7 +107,7 @@ def _rounded(edits: list[Edit]) -> list[Edit]:
         seen.add(place)
         stored = edit.module._parameters.get(edit.parameter)
         like = stored if stored is not None else next(p for p in edit.module._parameters.values() if p is not None)
-        rounded.append(Edit(edit.module, edit.path, edit.parameter, edit.value.to(like.dtype).contiguous(), edit.for_all_holders))
+        rounded.append(Edit(edit.module, edit.path, edit.parameter, edit.value.detach().to(like.dtype).contiguous(), edit.for_all_holders))
     return rounded
 
 

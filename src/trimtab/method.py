@@ -7,7 +7,7 @@ import importlib
 import importlib.metadata
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -19,7 +19,6 @@ from trimtab.errors import SettingError, TrimtabError, suggestion
 
 if TYPE_CHECKING:
     from trimtab.adapter import Part
-    from trimtab.hooks import Leaf
     from trimtab.targets import Structure
 
 T = TypeVar("T")
@@ -28,7 +27,11 @@ Targets = str | tuple[str, ...] | Callable[[str, nn.Module], bool]
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a method promises; `check_method` proves each entry and fails on a wrong one."""
+    """What a method promises; `check_method` proves each entry and fails on a wrong one.
+
+    `base_mode` is no promise but a wish: the mode in which the base runs while this method trains, unless `attach` is
+    told otherwise.
+    """
 
     starts_at_base: Literal["exact", "approximate", "no"]
     merge: Literal["exact", "approximate", "none"]
@@ -44,6 +47,7 @@ class Capabilities:
     routable: bool = True
     requires_binding: bool = False
     keeps_base: bool = True
+    base_mode: Literal["follow", "eval"] = "follow"
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,12 @@ def frozen(
 ) -> Spec:
     """Return the spec of a tensor that is never trained."""
     return Spec(shape, trainable=False, stored=stored, dtype=dtype)
+
+
+def index_dtype(size: int) -> torch.dtype:
+    """Return the narrowest integer type that holds the positions 0 … size-1."""
+    types = (torch.uint8, torch.int16, torch.int32)
+    return next((kind for kind in types if size - 1 <= torch.iinfo(kind).max), torch.int64)
 
 
 def setting(
@@ -112,11 +122,14 @@ class Method(metaclass=_CheckedConstruction):
     """
 
     capabilities: ClassVar[Capabilities]
-    default_targets: ClassVar[Targets] = "all-linear"
 
     def parts(self) -> tuple[Method, ...]:
         """Return the methods this one consists of: itself, unless it is a composition."""
         return (self,)
+
+    def promises(self) -> Capabilities:
+        """Return the capabilities under these settings: the class's own, unless a setting changes one."""
+        return self.capabilities
 
     def validate(self) -> None:
         """Check what the types and ranges of single settings cannot express; raises SettingError."""
@@ -133,11 +146,14 @@ class Method(metaclass=_CheckedConstruction):
         """Return the tensors that all sites share, owned once by the adapter."""
         return {}
 
-    def initialise(self, leaf: Leaf, generator: torch.Generator) -> None:
+    def initialise(self, leaf: Any, generator: torch.Generator) -> None:
         """Fill the leaf's tensors in place (they start at zero); called without gradient recording."""
 
     def initialise_shared(self, sites: list[Any], tensors: dict[str, Tensor], generator: torch.Generator) -> None:
         """Fill the shared tensors in place; called before `initialise`."""
+
+    def check_schedule(self, total_steps: int) -> None:
+        """Check at binding that a schedule fits a run of that many optimizer steps; raises TrainingError."""
 
     def before_step(self, part: Part) -> None:
         """Event: gradients are complete (unscaled) and the optimizer is about to step."""
@@ -198,8 +214,12 @@ def _fits(value: object, hint: Any) -> bool:
     if origin is Literal:
         return value in get_args(hint)
     if origin is tuple:
-        inner = get_args(hint)[0]
-        return isinstance(value, tuple) and all(_fits(item, inner) for item in value)
+        inner = get_args(hint)
+        if not isinstance(value, tuple):
+            return False
+        if inner[-1] is Ellipsis:
+            return all(_fits(item, inner[0]) for item in value)
+        return len(value) == len(inner) and all(map(_fits, value, inner))
     if hint is Any:
         return True
     if origin is not None and not isinstance(origin, type):
@@ -231,6 +251,12 @@ def methods() -> dict[str, type[Method]]:
         entry.load()
     found = {cls.__name__: cls for cls in _subclasses(Method) if "capabilities" in cls.__dict__}
     return dict(sorted(found.items()))
+
+
+def make_method(name: str, settings: Mapping[str, object]) -> Method:
+    """Return the method of that name with these settings: how a method names another as a part of itself."""
+    make: Callable[..., Method] = find_method(name)
+    return make(**settings)
 
 
 def find_method(name: str) -> type[Method]:

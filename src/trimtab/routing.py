@@ -42,6 +42,11 @@ class Route:
             )
         return _spread(self.groups[name], total // rows).to(tensor.device)
 
+    def only(self, name: str | None) -> Route:
+        """Return the route of a batch that holds this adapter's rows alone."""
+        order = torch.arange(len(self.groups[name]))
+        return Route((name,) * len(order), self.ticket, {name: order}, order)
+
     def restore(self, pieces: list[Tensor]) -> Tensor:
         """Put the groups' rows back into the order of the batch."""
         joined = torch.cat(pieces)
@@ -66,7 +71,7 @@ class Routing:
     @property
     def engaged(self) -> bool:
         """Whether calls must go through `run`: inside a route, or in a recomputation that may have missed one."""
-        return self.route is not None or (self.last_routed and _in_backward())
+        return self.route is not None or (self.last_routed and in_backward())
 
     def before_forward(self) -> None:
         """A forward of the whole model begins."""
@@ -83,18 +88,23 @@ class Routing:
         self._check_recomputation(self.route)
         if not leaves:
             return call(*args, **kwargs)
-        output = _beside(self.route, call, leaves, args, kwargs) if all(leaf.beside for leaf in leaves) else _apart(
-            self.route, call, leaves, args, kwargs
-        )
+        for leaf in leaves:
+            if not leaf.method.capabilities.routable:
+                raise AttachError(
+                    f"{type(leaf.method).__name__} (adapter {leaf.state.name!r}) cannot be routed by rows."
+                )
+        beside = all(leaf.beside for leaf in leaves)
+        apply = _beside if beside else functools.partial(_apart, self)
+        output = apply(self.route, call, leaves, args, kwargs)
         if isinstance(output, Tensor) and output.requires_grad:
             return _SameRoute.apply(output, torch.tensor(self.route.ticket), self.route.ticket)  # type: ignore[no-untyped-call]
         return output
 
     def _check_recomputation(self, route: Route) -> None:
         """Reentrant checkpointing records nothing in its first pass; only counting shows whose forward it repeats."""
-        if not torch.is_grad_enabled() and self.root_records and not _in_backward():
+        if not torch.is_grad_enabled() and self.root_records and not in_backward():
             self.outstanding.add(route.ticket)
-        if not _in_backward():
+        if not in_backward():
             return
         self.recomputed.add(route.ticket)
         if self.outstanding - {route.ticket}:
@@ -104,7 +114,8 @@ class Routing:
             )
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Say whether this call runs inside a backward pass, where only a recomputation calls modules."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -149,11 +160,10 @@ def _beside(route: Route, call: Call, leaves: list[Leaf], args: tuple[Any, ...],
     return route.restore(pieces)
 
 
-def _apart(route: Route, call: Call, leaves: list[Leaf], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run the module once for each adapter, on that adapter's rows."""
-    for leaf in leaves:
-        if not leaf.method.capabilities.routable:
-            raise AttachError(f"{type(leaf.method).__name__} (adapter {leaf.state.name!r}) cannot be routed by rows.")
+def _apart(
+    routing: Routing, route: Route, call: Call, leaves: list[Leaf], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run the module once for each adapter, on that adapter's rows; so do the modules inside it."""
     outputs = []
     for name in route.groups:
         chain = call
@@ -163,7 +173,11 @@ def _apart(route: Route, call: Call, leaves: list[Leaf], args: tuple[Any, ...], 
         def pick(value: Any, name: str | None = name) -> Any:
             return value.index_select(0, route.index(name, value)) if isinstance(value, Tensor) and value.dim() else value
 
-        outputs.append(chain(*map(pick, args), **{key: pick(value) for key, value in kwargs.items()}))
+        routing.route = route.only(name)
+        try:
+            outputs.append(chain(*map(pick, args), **{key: pick(value) for key, value in kwargs.items()}))
+        finally:
+            routing.route = route
     if isinstance(outputs[0], Tensor):
         return route.restore(outputs)
     if isinstance(outputs[0], tuple) and isinstance(outputs[0][0], Tensor) and not any(outputs[0][1:]):

@@ -232,6 +232,18 @@ def load(
     return adapter
 
 
+def refill(adapter: Adapter, path: str | Path) -> None:
+    """Give an attached adapter the state of a file of the same method, places and base; raises AdapterFileError."""
+    header, tensors = read_adapter_file(path)
+    own = {"method": encode_method(adapter.method), "items": [[str(item) for item in p.items] for p in adapter.parts]}
+    differing = [key for key, value in own.items() if json.loads(json.dumps(value)) != header[key]]
+    if differing:
+        raise AdapterFileError(f"{path}: its {differing[0]} is {header[differing[0]]}, not {own[differing[0]]}.")
+    _check_base(Path(path), header, adapter, accept_other_base=False)
+    _fill(Path(path), header, adapter, tensors)
+    adapter.steps = header["steps"]
+
+
 def _rebuild(model: nn.Module, method: Method, header: dict[str, Any], name: str | None, dtype: torch.dtype) -> Adapter:
     structure, methods = Structure(model), method.parts()
     if len(methods) != len(header["items"]):

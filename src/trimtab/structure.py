@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 
 from torch import nn
 
@@ -18,6 +19,8 @@ from trimtab.quantized import linear_features
 _QUERY_KEY_VALUE = re.compile(r"(^|_)(?P<letter>[qkv])(uery|ey|alue)?(_|$|proj|lin)")
 _NORM = re.compile(r"(Layer|RMS|Group|Batch|Instance)\w*Norm|^Norm$|RMSNorm")
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "d_head", "dim_head")
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,13 @@ def is_norm(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     named = any(_NORM.search(cls.__name__) for cls in base_class(module).__mro__[:3])
     return named and weight is not None and weight.dim() == 1
+
+
+def norm_width(module: nn.Module) -> int:
+    """Return the number of channels of a normalisation layer."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return int(weight.shape[0])
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -123,7 +133,8 @@ class Structure:
             width = shapes[letters["q"]][1]
             output = next((prefix + name for name in rest if shapes[name][0] == width), None)
             output = output or self._output_beside(path, width)
-            return Attention(path, *(prefix + letters[letter] for letter in "qkv"), None, output)
+            query, key, value = (prefix + letters[letter] for letter in "qkv")
+            return Attention(path, query, key, value, None, output)
         for name, (inside, outside) in shapes.items():
             partner = next((n for n, s in shapes.items() if n != name and 3 * s[0] == outside), None)
             if partner is not None and outside == 3 * inside:
@@ -154,7 +165,7 @@ class Structure:
         if not members or not self._has_attention(block):
             return None
         container = _common_path(members)
-        if experts and linears:
+        if experts:
             container = next((p for p in _ancestors(experts[0], block) if p != block), container)
         last = linears[-1] if linears else experts[-1]
         features = linear_features(self.modules[last])
@@ -164,6 +175,46 @@ class Structure:
         outputs = (last,) if linears else ()
         source, sink = (container, container) if inside else (linears[0], last)
         return FeedForward(block, source, sink, tuple(inputs), outputs, hidden)
+
+    def norm_behind(self, part: FeedForward) -> str | None:
+        """Return the norm of the residual sum behind a feed-forward part; None where norms stand before the parts.
+
+        Evidence: torch's own layers say it; a norm beside the output projection, in a module without the input
+        projection, is BERT's layout; blocks that are followed by a final norm have theirs in front.
+        """
+        block, names = self.modules[part.block], list(self.modules)
+        norms = [path for path, module in self.within(part.block).items() if is_norm(module)]
+        if not norms or not part.outputs:
+            return None
+        if isinstance(block, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            return None if block.norm_first else norms[-1]
+        behind = names.index(norms[-1]) > names.index(part.outputs[-1])
+        parent = part.outputs[-1].rsplit(".", 1)[0]
+        beside = parent == norms[-1].rsplit(".", 1)[0] != part.block
+        if beside and behind and not any(path.startswith(parent + ".") for path in part.inputs):
+            return norms[-1]
+        return norms[-1] if behind and not self._has_final_norm(part.block) else None
+
+    def _has_final_norm(self, block: str) -> bool:
+        """Say whether a module around the block's list holds a norm behind it (not one of its embeddings)."""
+        steps = block.split(".")
+        for depth in range(len(steps) - 1):
+            children = list(self.modules[".".join(steps[:depth])].named_children())
+            place = [name for name, _ in children].index(steps[depth])
+            if any(is_norm(child) and "emb" not in name.lower() for name, child in children[place + 1 :]):
+                return True
+        return False
+
+    def head_size(self, part: Attention) -> int | None:
+        """Return the width of one attention head as the attention module records it; None where it does not."""
+        features = linear_features(self.modules[part.output]) if part.output is not None else None
+        facts = vars(self.modules[part.path])
+        sizes = [facts[name] for name in _HEAD_SIZES if isinstance(facts.get(name), int)]
+        counts = [facts[name] for name in _HEAD_COUNTS if isinstance(facts.get(name), int)]
+        if features is None or not (sizes or counts):
+            return None
+        size = sizes[0] if sizes else features[0] // counts[0]
+        return int(size) if features[0] % size == 0 else None
 
     def feed_forward_linears(self, block: str) -> list[str]:
         """Paths of the block's linear maps that belong to no attention."""
@@ -176,10 +227,8 @@ class Structure:
         return any(a.path.startswith(block + ".") for a in self.attentions)
 
     def _hidden(self, block: str) -> int:
-        for module in self.within(block).values():
-            if is_norm(module):
-                return int(module.weight.shape[0])
-        return 0
+        widths = [norm_width(module) for module in self.within(block).values() if is_norm(module)]
+        return widths[0] if widths else 0
 
     @cached_property
     def expert_parameters(self) -> list[tuple[str, str]]:
@@ -217,11 +266,8 @@ def _base_modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module
 
 
 def _common_path(paths: list[str]) -> str:
-    common = paths[0].split(".")
-    for path in paths[1:]:
-        steps = path.split(".")
-        common = [a for a, b in zip(common, steps, strict=False) if a == b][: len(common)]
-    return ".".join(common)
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
 
 def _ancestors(path: str, stop: str) -> list[str]:

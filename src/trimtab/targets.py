@@ -2,7 +2,8 @@
 
 Grammar of a string: clauses joined by `|` (union) and `-` (without, blanks around it). A clause is a role
 (`attention`), a name or glob over module names (`q_proj`, `encoder.*.dense`), or `re:` and a regular expression;
-`[first:last]` behind it keeps the blocks first … last-1. `module:parameter` names one parameter.
+`[first:last]` behind it keeps the blocks first … last-1. `module:parameter` names one parameter; `=` in front takes a
+module's name whole, whatever role or longer name it also fits.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 
 from trimtab.errors import TargetError, suggestion
 from trimtab.method import Targets
-from trimtab.structure import Attention, Convolution, FeedForward, Structure, is_norm
+from trimtab.structure import Attention, Convolution, FeedForward, Structure, is_linear, is_norm
 
 __all__ = ["ROLES", "Item", "Structure", "resolve"]
 
@@ -66,6 +67,21 @@ def _parameters(s: Structure, wanted: Callable[[str, nn.Parameter], bool]) -> li
     return found
 
 
+def named_roles(targets: Targets) -> set[str]:
+    """Return the roles that a target expression names."""
+    if callable(targets):
+        return set()
+    expressions = (targets,) if isinstance(targets, str) else targets
+    names = (clause.split("[")[0] for expression in expressions for _, clause in _split(expression))
+    return {name for name in names if name in ROLES}
+
+
+def _operations(s: Structure) -> list[Item]:
+    raw = {i.path: i for a in s.attentions for i in _projections(a) if i.parameter is not None}
+    calls = {p for p, m in s.modules.items() if is_linear(m) or isinstance(m, Convolution) or is_norm(m)} - {s.head}
+    return [raw.get(path, Item(path)) for path in s.modules if path in calls or path in raw]
+
+
 def _all_linear(s: Structure) -> list[Item]:
     raw = [i for a in s.attentions if a.query is None and a.fused is None for i in _projections(a)]
     covered = {i.path for i in raw}
@@ -84,6 +100,7 @@ ROLES: dict[str, Callable[[Structure], list[Item]]] = {
     "mlp-input": lambda s: _paths(*(p for f in s.feed_forwards for p in f.inputs)),
     "mlp-output": lambda s: _paths(*(p for f in s.feed_forwards for p in f.outputs)),
     "feed-forward": lambda s: _paths(*(f.sink for f in s.feed_forwards)),
+    "operation": _operations,
     "experts": lambda s: [Item(path, name) for path, name in s.expert_parameters],
     "norm": lambda s: [Item(path) for path, module in s.modules.items() if is_norm(module)],
     "embedding": _of_type(nn.Embedding),
@@ -119,17 +136,22 @@ def _evaluate(structure: Structure, expression: str) -> list[Item]:
         if sign == "|":
             items += [item for item in matched if item not in items]
             continue
-        overlap = [item for item in items if item in matched]
-        if not overlap:
+        kept = [item for item in items if not any(_covers(other, item) for other in matched)]
+        if len(kept) == len(items):
             raise TargetError(f"target {expression!r}: {clause!r} removes nothing from what stands before it.")
-        items = [item for item in items if item not in matched]
+        items = kept
     if not items:
         raise TargetError(f"target {expression!r} leaves nothing.")
     return items
 
 
+def _covers(outer: Item, inner: Item) -> bool:
+    """Say whether one item is the other, or a module that holds it."""
+    return outer == inner or (outer.parameter is None and f"{inner.path}.".startswith(f"{outer.path}."))
+
+
 def _split(expression: str) -> list[tuple[str, str]]:
-    if expression.startswith("re:"):
+    if expression.startswith(("re:", "=")):
         return [("|", expression)]
     pieces = re.split(r"\s+(-)\s+|\s*(\|)\s*", expression.strip())
     tokens = [piece for piece in pieces if piece]
@@ -143,15 +165,15 @@ def _split(expression: str) -> list[tuple[str, str]]:
 
 
 def _match(structure: Structure, clause: str) -> list[Item]:
-    parsed = _CLAUSE.match(clause)
-    name = parsed["name"] if parsed and not clause.startswith("re:") else clause
+    parsed = None if clause.startswith(("re:", "=")) else _CLAUSE.match(clause)
+    name = parsed["name"] if parsed else clause
     items = ROLES[name](structure) if name in ROLES else _named(structure, name)
     if not items:
         names = [*ROLES, *(path for path in structure.modules if path)]
         role = "this model has no part in the role" if name in ROLES else "no module or role is called"
         hint = "" if name in ROLES else suggestion(name, names)
         raise TargetError(f"target {clause!r}: {role} {name!r}.{hint} `trimtab plan --sites` lists what there is.")
-    if parsed is None or clause.startswith("re:") or parsed["first"] is None:
+    if parsed is None or parsed["first"] is None:
         return items
     return _in_blocks(structure, clause, items, parsed["first"], parsed["last"])
 
@@ -175,6 +197,8 @@ def _named(structure: Structure, name: str) -> list[Item]:
         except re.error as error:
             raise TargetError(f"target {name!r} is not a regular expression: {error}.") from error
         paths = [path for path in structure.modules if path and pattern.fullmatch(path)]
+    elif module_name.startswith("="):
+        paths = [path for path in structure.modules if path == module_name[1:]]
     else:
         paths = [path for path in structure.modules if path and _fits(path, module_name)]
         if not module_name and parameter:

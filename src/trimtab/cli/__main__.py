@@ -14,9 +14,9 @@ def main() -> None:
             require(package, extra="cli")
     except MissingExtraError as error:
         sys.exit(f"trimtab: {error}")
-    from trimtab.cli.main import app
+    from trimtab.cli.main import main as run
 
-    app()
+    sys.exit(run())
 
 
 if __name__ == "__main__":

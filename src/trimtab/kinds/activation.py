@@ -1,4 +1,7 @@
-"""Activation methods: h → h′ at a named place, the input or output of a module, in series or from a parallel source."""
+"""Activation methods: h → h′ at a named place, the input or output of a module, in series or from a parallel source.
+
+A place that is never reached, or whose width is not what the structure said, stops the forward.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import AttachError, TargetError
-from trimtab.hooks import Call, Leaf
+from trimtab.hooks import Call, Leaf, base_class
 from trimtab.kinds.edits import Edit, affine_edits
+from trimtab.kinds.layouts import callable_alone
 from trimtab.method import Method, Targets
 from trimtab.quantized import linear_features
 from trimtab.structure import Convolution, FeedForward, Structure, is_norm
@@ -20,13 +24,21 @@ from trimtab.targets import Item, resolve
 
 @dataclass(frozen=True)
 class ActivationSite:
-    """One place in the forward: the `side` of module `path`; `source` is the module whose input is read beside it."""
+    """One place in the forward: the `side` of module `path`, where the hidden state has `features` channels on `axis`.
+
+    At the side "twice" the module runs on its unchanged input, what it gives is the source of the change, and it runs
+    again on the changed input. `source` is another module, whose input is read beside this place, in the same forward.
+    `groups` are the equal parts of the channels that a method tells apart (heads; query, key and value of a fused
+    projection). `holds_shift` is false where the module has no bias into which a shift could be folded.
+    """
 
     path: str
-    side: Literal["input", "output"]
+    side: Literal["input", "output", "twice"]
     features: int
     axis: int = -1
     source: str | None = None
+    groups: int = 1
+    holds_shift: bool = True
 
     def __str__(self) -> str:
         return f"{self.path}:{self.side}" if self.source is None else f"{self.source}→{self.path}"
@@ -39,25 +51,41 @@ class ActivationSite:
     @property
     def key(self) -> str:
         """The name that distinguishes this site's leaf on its target."""
-        return "" if self.side == "output" else "_input"
+        return "" if self.side == "output" else f"_{self.side}"
 
 
 def site_at(structure: Structure, path: str, side: Literal["input", "output"] = "output") -> ActivationSite:
-    """Return the site at one side of a module; raises TargetError where its width cannot be told."""
+    """Return the site at one side of a module; raises TargetError where it is out of reach or its width is unknown."""
     module = structure.modules[path]
     linear = linear_features(module)
+    if linear is not None and not callable_alone(module):
+        owner = path.rpartition(".")[0]
+        raise TargetError(
+            f"{path!r} is never called: {owner or 'its owner'!r} (nn.MultiheadAttention) only reads its weight. "
+            f"Its output is that of {owner!r}, which can be named instead; its input cannot be reached."
+        )
     if linear is not None:
         return ActivationSite(path, side, linear[side == "output"])
     if isinstance(module, Convolution):
-        return ActivationSite(path, side, module.out_channels if side == "output" else module.in_channels, axis=1)
+        channels = module.out_channels if side == "output" else module.in_channels
+        return ActivationSite(path, side, channels, axis=1 - module.weight.dim())
     if is_norm(module):
-        channels_second = isinstance(module, nn.GroupNorm | nn.modules.batchnorm._NormBase)
-        return ActivationSite(path, side, int(module.weight.shape[0]), axis=1 if channels_second else -1)
+        axis = 1 if _has_channels_second(module) else -1
+        (features,) = module.get_parameter("weight").shape
+        return ActivationSite(path, side, features, axis, holds_shift="bias" in module._parameters)
     if isinstance(module, nn.Embedding) and side == "output":
         return ActivationSite(path, side, module.embedding_dim)
-    if isinstance(module, nn.MultiheadAttention):
+    if isinstance(module, nn.MultiheadAttention) and side == "output":
         return ActivationSite(path, side, module.embed_dim)
-    return ActivationSite(path, side, _hidden_width(structure, path))
+    part = next((part for part in structure.feed_forwards if path == part.sink), None)
+    return ActivationSite(path, side, part.hidden if part is not None else _hidden_width(structure, path))
+
+
+def _has_channels_second(norm: nn.Module) -> bool:
+    """Say whether a norm's channels are dimension 1, as in images; some layer norms of vision models permute inside."""
+    kinds = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
+    named = base_class(norm).__name__.endswith(("1d", "2d", "3d"))
+    return isinstance(norm, kinds) or named or vars(norm).get("data_format") == "channels_first"
 
 
 def _hidden_width(structure: Structure, path: str) -> int:
@@ -81,9 +109,23 @@ def parallel_site(structure: Structure, part: FeedForward) -> ActivationSite:
 def feed_forward_of(structure: Structure, item: Item) -> FeedForward:
     """Return the feed-forward part that an item belongs to; raises TargetError."""
     for part in structure.feed_forwards:
-        if item.path.startswith((part.source, part.sink)) or item.path in structure.feed_forward_linears(part.block):
+        own = (part.block, part.source, part.sink, *structure.feed_forward_linears(part.block))
+        if item.path in own or item.path.startswith(part.sink + "."):
             return part
-    raise TargetError(f"{str(item)!r} belongs to no feed-forward part; use targets='feed-forward' or 'mlp'.")
+    raise TargetError(f"{str(item)!r} belongs to no feed-forward part; use targets='feed-forward', 'mlp' or 'block'.")
+
+
+def module_paths(structure: Structure, targets: Targets) -> list[str]:
+    """Return the paths of targeted modules, each once; raises TargetError for raw parameters: nobody calls them."""
+    items = resolve(structure, targets)
+    raw = next((item for item in items if item.parameter is not None), None)
+    if raw is not None:
+        module = type(structure.modules[raw.path]).__name__
+        raise TargetError(
+            f"{str(raw)!r} is a parameter that {module} reads by itself: there is no call whose input or output could "
+            f"be changed. Leave it out of the targets (… - {raw.path}), or use a method that acts on weights."
+        )
+    return list(dict.fromkeys(item.path for item in items))
 
 
 class ActivationLeaf(Leaf):
@@ -94,14 +136,30 @@ class ActivationLeaf(Leaf):
     captured: Tensor | None = None
 
     def around(self, call: Call, *args: Any, **kwargs: Any) -> Any:
+        source = first_tensor(args, kwargs) if self.site.source is None else self._captured()
         if self.site.side == "input":
             return change_first(call, self._changed, args, kwargs)
-        source = self.captured if self.site.source is not None else first_tensor(args, kwargs)
-        self.captured = None
         output = call(*args, **kwargs)
+        if self.site.side == "twice":
+            return change_first(call, lambda hidden: self._changed(hidden, primary(output)), args, kwargs)
         return change_primary(output, lambda hidden: self._changed(hidden, source))
 
+    def _captured(self) -> Tensor:
+        source, self.captured = self.captured, None
+        if source is None:
+            raise AttachError(
+                f"{self.site.path!r} ran, but {self.site.source!r} had not run before it in this forward, so the place "
+                f"of {type(self.method).__name__} is not where the model's structure suggested. Name the targets, or "
+                f"state the place in the method's settings."
+            )
+        return source
+
     def _changed(self, hidden: Tensor, source: Tensor | None = None) -> Tensor:
+        if hidden.shape[self.site.axis] != self.site.features:
+            raise AttachError(
+                f"{str(self.site)!r} was expected to have {self.site.features} channels on axis {self.site.axis}, and "
+                f"has the shape {tuple(hidden.shape)}."
+            )
         dtype = next((p.dtype for p in self.parameters(recurse=False)), hidden.dtype)
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = hidden.dtype
@@ -114,13 +172,16 @@ class ActivationLeaf(Leaf):
 
     def channels(self, vector: Tensor, like: Tensor) -> Tensor:
         """Shape a vector of one number per channel so that it acts along the site's channel axis."""
-        return vector if self.site.axis == -1 else vector.view(-1, *[1] * (like.dim() - 2))
+        behind = like.dim() - 1 - self.site.axis if self.site.axis >= 0 else -1 - self.site.axis
+        return vector.view(-1, *[1] * behind) if behind else vector
 
     def edits(self) -> list[Edit]:
         """Return the base tensors after folding h′ = scale ⊙ h + shift into the module."""
         folded = self.method.fold(self)
-        if folded is None:
-            raise AttachError(f"{type(self.method).__name__} cannot be merged: {self.method.capabilities.merge_reason}.")
+        if folded is None or self.site.side == "twice":
+            raise AttachError(
+                f"{type(self.method).__name__} cannot be merged: {self.method.capabilities.merge_reason}."
+            )
         return affine_edits(self.target, self.site.path, self.site.side, *folded)
 
 
@@ -151,10 +212,16 @@ def change_first(call: Call, change: Callable[[Tensor], Tensor], args: tuple[Any
 
 def change_primary(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Change the hidden state in a module's output: the tensor itself, or the first entry of a tuple."""
+    changed = change(primary(output))
+    return changed if isinstance(output, Tensor) else (changed, *output[1:])
+
+
+def primary(output: Any) -> Tensor:
+    """Return the hidden state in a module's output: the tensor itself, or the first entry of a tuple."""
     if isinstance(output, Tensor):
-        return change(output)
+        return output
     if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
-        return (change(output[0]), *output[1:])
+        return output[0]
     raise AttachError(f"a module returned {type(output).__name__}, in which the hidden state cannot be found.")
 
 
@@ -163,8 +230,7 @@ class ActivationMethod(Method):
     """A method that changes a hidden state. Give `transform`, and `fold` where it is a scale and shift."""
 
     def sites(self, structure: Structure, targets: Targets) -> list[ActivationSite]:
-        paths = dict.fromkeys(item.path for item in resolve(structure, targets))
-        return [site_at(structure, path) for path in paths]
+        return [site_at(structure, path) for path in module_paths(structure, targets)]
 
     def transform(self, leaf: ActivationLeaf, hidden: Tensor, source: Tensor | None) -> Tensor:
         """Return h′ (..., features); `source` is the module's input, or the parallel branch's."""

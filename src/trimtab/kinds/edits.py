@@ -35,9 +35,11 @@ def affine_edits(
     module: nn.Module, path: str, side: Literal["input", "output"], scale: Tensor | None, shift: Tensor | None
 ) -> list[Edit]:
     """Fold h′ = scale ⊙ h + shift at one side of a module into its weight and bias, in float32, rounded once."""
+    if isinstance(module, nn.MultiheadAttention) and side == "output":
+        return _fold_map(module.out_proj, f"{path}.out_proj", side, module.out_proj.weight, scale, shift)
     weight = module._parameters.get("weight")
     if weight is None:
-        raise AttachError(f"{path!r} ({type(module).__name__}) has no weight into which a scale and shift could be folded.")
+        raise AttachError(f"{path!r} ({type(module).__name__}) has no weight into which a scale and shift could fold.")
     if is_norm(module):
         return _fold_norm(module, path, side, weight, scale, shift)
     if isinstance(module, nn.Embedding):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,7 +75,8 @@ class ConvolutionLayout(Layout):
         return weight.reshape(*self.lead, self.out_features, self.in_features)
 
     def down(self, module: nn.Module, x: Tensor, factor: Tensor) -> Tensor:
-        kernel = factor.reshape(-1, *module.weight.shape[1:])  # (groups·r, in/groups, *kernel)
+        weight: Any = module.weight
+        kernel = factor.reshape(-1, *weight.shape[1:])  # (groups·r, in/groups, *kernel)
         return module._conv_forward(x, kernel, None)  # type: ignore[no-any-return,operator]
 
     def up(self, hidden: Tensor, factor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 
 from trimtab.hooks import Leaf, State
 from trimtab.kinds.activation import ActivationLeaf, ActivationSite, CaptureLeaf
-from trimtab.kinds.prompt import PromptLeaf, PromptSite
+from trimtab.kinds.prompt import PlacesLeaf, PromptLeaf, PromptSite
 from trimtab.kinds.stack import BlockLeaf, BlockSite
 from trimtab.kinds.tokens import AttentionLeaf, AttentionSite
 from trimtab.kinds.weight import AliasLeaf, CallLeaf, ParameterSite, ReadLeaf
@@ -42,17 +42,29 @@ def companions_of(leaves: list[Leaf], structure: Structure) -> Iterator[tuple[st
             companion = CaptureLeaf(*arguments, structure.modules[leaf.site.source])
             companion.__dict__["partner"] = leaf
             yield leaf.site.source, f"{leaf.site.key}_source", companion
+        elif isinstance(leaf, PromptLeaf):
+            for path, table in _tables(structure, leaf.site.embedding):
+                places = PlacesLeaf(*arguments, table)
+                places.__dict__["partner"] = leaf
+                yield path, "_places", places
         elif isinstance(leaf, ReadLeaf) and leaf.site.whole:
-            for path, holder, name in _other_holders(structure, leaf):
+            for path, holder, name in _other_holders(structure, leaf.holder, leaf.site.parameter):
                 alias = AliasLeaf(*arguments, holder)
                 alias.__dict__.update(partner=leaf, parameter=name)
                 yield path, f"_alias_{name}", alias
 
 
-def _other_holders(structure: Structure, leaf: ReadLeaf) -> Iterator[tuple[str, nn.Module, str]]:
+def _tables(structure: Structure, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The embedding at `path`, and those that share its table."""
+    table = structure.modules[path]
+    yield path, table
+    yield from ((p, m) for p, m, _ in _other_holders(structure, table, "weight") if isinstance(m, nn.Embedding))
+
+
+def _other_holders(structure: Structure, holder: nn.Module, parameter: str) -> Iterator[tuple[str, nn.Module, str]]:
     """Modules that hold the same parameter under another name (tied weights)."""
-    parameter = leaf.holder._parameters[leaf.site.parameter]
+    shared = holder._parameters[parameter]
     for path, module in structure.modules.items():
         for name, other in module._parameters.items():
-            if other is parameter and not (module is leaf.holder and name == leaf.site.parameter):
+            if other is shared and not (module is holder and name == parameter):
                 yield path, module, name

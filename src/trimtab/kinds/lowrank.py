@@ -6,6 +6,7 @@ in place, the input is kept by reference (in the base's dtype) and only if `down
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.autograd.function import once_differentiable
 from trimtab.kinds.layouts import Layout
 
 _STEPS = 1 << 16
+_SHARING = 16  # words whose lower digits are drawn together
+_LOWEST_BITS = 0x0101010101010101  # of each of the eight bytes of a word
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class Factors:
         """Return ΔW (*lead, out, in)."""
         down = self.down if self.middle is None else self.middle.unsqueeze(-1) * self.down
         return self.scale * (self.up @ down)
+
+
+def lora_scale(alpha: float | None, rank: int, rank_stabilized: bool) -> float:
+    """Return LoRA's factor alpha/r, or alpha/√r (arXiv 2312.03732, eq. 3); alpha None means alpha = r."""
+    return (float(rank) if alpha is None else alpha) / (math.sqrt(rank) if rank_stabilized else rank)
 
 
 def add_update(layout: Layout, module: nn.Module, x: Tensor, y: Tensor, factors: Factors, training: bool) -> Tensor:
@@ -55,24 +63,34 @@ def linear_with_update(x: Tensor, weight: Tensor, bias: Tensor | None, factors: 
 
 
 def random_bits(count: int, dropout: float, device: torch.device) -> tuple[Tensor, float]:
-    """Draw `count` keep-decisions packed eight to a byte; returns (bytes, probability of keeping).
+    """Draw `count` keep-decisions packed 64 to a word; returns (words, probability of keeping).
 
-    The probability is exact in steps of 2⁻¹⁶, and the returned value is the one used.
+    The probability is exact in steps of 2⁻¹⁶, and the returned value is the one used. Each decision compares sixteen
+    random bits with the binary digits of that probability, 64 at a time: from the last digit up, "or" where the digit
+    is one, "and" where it is zero. The lower eight digits, which decide once in 256 times, are drawn once for sixteen
+    words: two decisions that share them are dependent with probability 2⁻¹⁶.
     """
-    kept = round((1.0 - dropout) * _STEPS)
-    columns = -(-count // 8)
-    words = torch.empty(2 * columns, dtype=torch.int64, device=device).random_(-(2**63), None)
-    decisions = (words.view(torch.int16).view(8, columns) < kept - _STEPS // 2).to(torch.uint8)
-    packed = decisions[0]
-    for place in range(1, 8):
-        packed = packed | (decisions[place] << place)
-    return packed, kept / _STEPS
+    kept = min(round((1.0 - dropout) * _STEPS), _STEPS - 1)
+    groups = -(-count // (64 * _SHARING))
+    random = torch.randint(-(2**63), 2**63 - 1, (8, groups * (_SHARING + 1)), device=device)
+    lower, upper = random.split([groups, groups * _SHARING], dim=1)
+    words = _compare(torch.zeros_like(lower[0]), lower, kept & 0xFF)
+    words = _compare(words.repeat(_SHARING), upper, kept >> 8)
+    return words, kept / _STEPS
+
+
+def _compare(words: Tensor, random: Tensor, digits: int) -> Tensor:
+    """Go through eight binary digits, last first, with one row of random words for each; changes `words`."""
+    for place, row in enumerate(random.unbind()):
+        combine = words.bitwise_or_ if digits >> place & 1 else words.bitwise_and_
+        combine(row)
+    return words
 
 
 def unpack_bits(packed: Tensor, like: Tensor) -> Tensor:
     """Return the decisions as zeros and ones in the shape and dtype of `like`."""
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device).unsqueeze(1)
-    decisions = (packed.unsqueeze(0) >> places) & 1
+    places = torch.arange(8, device=packed.device).unsqueeze(1)
+    decisions = (packed >> places).bitwise_and_(_LOWEST_BITS).view(torch.uint8)  # each word's bytes, bit by bit
     return decisions.view(-1)[: like.numel()].view(like.shape).to(like.dtype)
 
 
@@ -90,11 +108,9 @@ class _LinearWithUpdate(torch.autograd.Function):
         bits: Tensor | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-        dropped = (rows if bits is None else rows * unpack_bits(bits, rows)).to(down.dtype)
-        hidden = dropped @ down.t()  # (tokens, r)
-        scaled = hidden if middle is None else hidden * middle
-        _accumulate(y, scaled, up.t(), scale)
+        y = torch.mm(rows, weight.t()) if bias is None else torch.addmm(bias, rows, weight.t())
+        hidden = torch.mm(down, _masked(rows, bits).to(down.dtype).t())  # (r, tokens)
+        accumulate(y, (hidden if middle is None else hidden * middle.unsqueeze(1)).t(), up.t(), scale)
         _, _, _, down_learns, middle_learns, up_learns, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             rows if down_learns else None,
@@ -115,30 +131,35 @@ class _LinearWithUpdate(torch.autograd.Function):
         needs = ctx.needs_input_grad
         grad = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         wide = grad.to(up.dtype)
-        inner = (wide @ up) * ctx.scale  # (tokens, r)
+        inner = torch.mm(up.t(), wide.t()).mul_(ctx.scale)  # (r, tokens)
         grad_up = grad_middle = grad_down = grad_x = None
         if needs[5]:
-            grad_up = (wide.t() @ (hidden if middle is None else hidden * middle)).mul_(ctx.scale)
+            scaled = hidden if middle is None else hidden * middle.unsqueeze(1)
+            grad_up = torch.mm(scaled, wide).mul_(ctx.scale).t()
         if needs[4]:
-            grad_middle = (hidden * inner).sum(0)
+            grad_middle = (hidden * inner).sum(1)
         if middle is not None:
-            inner = inner * middle
+            inner = inner * middle.unsqueeze(1)
         mask = None if bits is None else unpack_bits(bits, grad.new_empty(grad.shape[0], down.shape[1]))
         if needs[3]:
-            grad_down = inner.t() @ (rows if mask is None else rows * mask).to(down.dtype)
+            grad_down = torch.mm(inner, (rows if mask is None else rows * mask).to(down.dtype))
         if needs[0]:
-            grad_x = grad @ weight
+            grad_x = torch.mm(grad, weight)
             if mask is None:
-                _accumulate(grad_x, inner, down, 1.0)
+                accumulate(grad_x, inner.t(), down, 1.0)
             else:
-                grad_x.addcmul_((inner @ down).to(grad_x.dtype), mask)
+                grad_x.addcmul_(torch.mm(inner.t(), down).to(grad_x.dtype), mask)
             grad_x = grad_x.view(ctx.shape)
-        grad_weight = grad.t() @ rows if needs[1] else None
+        grad_weight = torch.mm(grad.t(), rows) if needs[1] else None
         grad_bias = grad.sum(0) if needs[2] else None
         return grad_x, grad_weight, grad_bias, grad_down, grad_middle, grad_up, None, None
 
 
-def _accumulate(into: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+def _masked(rows: Tensor, bits: Tensor | None) -> Tensor:
+    return rows if bits is None else unpack_bits(bits, rows).mul_(rows)
+
+
+def accumulate(into: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """into += scale · left @ right, in place, without a full-width temporary where the dtypes agree."""
     if into.dtype == left.dtype:
         into.addmm_(left, right, alpha=scale)

@@ -1,8 +1,11 @@
-"""Prompts: trained vectors in front of the input embeddings of a whole model, with masks, labels and generation."""
+"""Prompts: trained vectors in front of the input tokens of a whole model, with masks, labels and generation.
+
+The prompt takes places of its own: placeholder ids in front of the given ids, whose embeddings it replaces. The model
+itself thus counts positions, finds padding, pools and generates as it does for tokens.
+"""
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,23 +14,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.errors import AttachError, TargetError
-from trimtab.hooks import Call, Leaf, signature_of
+from trimtab.hooks import Call, Leaf, named_arguments, signature_of
 from trimtab.kinds.edits import Edit
 from trimtab.method import Method, Targets
 from trimtab.structure import Structure
 from trimtab.targets import resolve
 
 IGNORED_LABEL = -100
+_TOKEN_WISE = {"logits": 3, "last_hidden_state": 3, "hidden_states": 3, "start_logits": 2, "end_logits": 2}  # by axes
 
 
 @dataclass(frozen=True)
 class PromptSite:
-    """The root of a model that takes embeddings, and the embedding table its tokens come from."""
+    """The root of a model that takes token ids, and the embedding table it looks them up in.
+
+    `placeholder` is an id without a meaning of its own; `encoder_decoder` says that the prompt stands in the encoder.
+    """
 
     path: str
     embedding: str
     features: int
     vocabulary: int
+    placeholder: int
+    encoder_decoder: bool
 
     def __str__(self) -> str:
         return f"{self.embedding}:prompt"
@@ -44,21 +53,53 @@ class PromptSite:
 
 
 class PromptLeaf(Leaf):
-    """The prompt of one adapter; acts on the arguments of the model's forward by their names."""
+    """The prompt of one adapter; acts on the arguments of the model's forward by their names.
+
+    `awaited` is set while the embedding is to put the prompt in: the number of positions from the prompt to the end.
+    """
 
     site: PromptSite
     method: PromptMethod
     generates = True
+    generating = False
+    awaited: int | None = None
 
     def around(self, call: Call, *args: Any, **kwargs: Any) -> Any:
-        inputs = inspect.signature(call).bind_partial(*args, **kwargs).arguments if args else dict(kwargs)
-        inputs.update(inputs.pop("kwargs", {}))
-        if inputs.get("past_key_values") is not None and _length(inputs["past_key_values"]) > 0:
-            return call(**inputs)  # decoding: the prompt is in the cache already
+        inputs = named_arguments(self.root, args, kwargs)
+        past = _length(inputs.get("past_key_values"))
+        if self.generating:
+            return call(**inputs) if past or self.site.encoder_decoder else self._embedded(call, inputs)
+        if past:
+            return call(**self._continued(inputs, past))
         if inputs.get("encoder_outputs") is not None:
-            return call(**inputs)  # the encoder has seen the prompt already
-        output = call(**self.extended(inputs))
-        return _without_prompt(output, self.length)
+            raise AttachError(
+                f"adapter {self.state.name!r} puts a prompt in front of the encoder's tokens; whether the given "
+                f"encoder_outputs hold it cannot be told. Pass input_ids, or call generate."
+            )
+        extended = self.extended(inputs)
+        given = extended.get("inputs_embeds") if extended.get("input_ids") is None else None
+        output = self._embedded(call, extended) if given is None else call(**extended)
+        total = int((extended["input_ids"] if given is None else given).shape[1])
+        return output if self.site.encoder_decoder else _without_prompt(output, self.length, total)
+
+    def _embedded(self, call: Call, inputs: dict[str, Any]) -> Any:
+        """Call while the embedding puts the prompt into its places."""
+        self.awaited = int(inputs["input_ids"].shape[1])
+        if self.awaited < self.length:
+            raise AttachError(f"{self.awaited} tokens at a time cannot hold the {self.length} places of the prompt.")
+        try:
+            output = call(**inputs)
+            self._check_embedded()
+        finally:
+            self.awaited = None
+        return output
+
+    def _check_embedded(self) -> None:
+        if self.awaited is not None:
+            raise AttachError(
+                f"the embedding {self.site.embedding!r} was never called with the input tokens, so the prompt had no "
+                f"effect. Name the table of the input tokens: {type(self.method).__name__}(targets=…)."
+            )
 
     @property
     def length(self) -> int:
@@ -66,29 +107,50 @@ class PromptLeaf(Leaf):
         return self.method.prompt_length
 
     def extended(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Return forward's named inputs with the prompt in front of embeddings, mask, labels and positions."""
-        changed = dict(inputs)
-        embeddings = changed.get("inputs_embeds")
-        ids = changed.pop("input_ids", None)
-        if embeddings is None:
-            embeddings = self.root.get_submodule(self.site.embedding)(ids)
-        prompt = self(embeddings)  # (B, l, d)
-        changed["inputs_embeds"] = torch.cat([prompt, embeddings], dim=1)
-        mask = changed.get("attention_mask")
-        if mask is None:
-            mask = embeddings.new_ones(embeddings.shape[:2], dtype=torch.long)
-        changed["attention_mask"] = F.pad(mask, (self.length, 0), value=1)
-        for name, value in (("labels", IGNORED_LABEL), ("token_type_ids", 0)):
-            given = changed.get(name)
-            if isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] == embeddings.shape[1]:
-                changed[name] = F.pad(given, (self.length, 0), value=value)
-        if changed.get("position_ids") is not None:
-            changed["position_ids"] = self._positions(changed["position_ids"])
+        """Return forward's named inputs with places for the prompt (for given embeddings: with the prompt itself)."""
+        changed, ids, embeddings = dict(inputs), inputs.get("input_ids"), inputs.get("inputs_embeds")
+        if embeddings is not None:
+            changed["inputs_embeds"] = torch.cat([self(embeddings), embeddings], dim=1)
+        elif ids is not None:
+            changed["input_ids"] = F.pad(ids, (self.length, 0), value=self.site.placeholder)
+        else:
+            raise AttachError("a prompt needs input_ids or inputs_embeds, by name or as the first argument.")
+        count = int((ids if embeddings is None else embeddings).shape[1])
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
+            raise AttachError(f"a prompt needs an attention_mask of shape (batch, tokens), found {tuple(mask.shape)}.")
+        changed.update(self._padded(inputs, "attention_mask", 1, count))
+        changed.update(self._padded(inputs, "token_type_ids", 0, count))
+        if not self.site.encoder_decoder:
+            changed.update(self._padded(inputs, "labels", IGNORED_LABEL, count))
+        for name in ("start_positions", "end_positions"):
+            if inputs.get(name) is not None:
+                changed[name] = inputs[name] + self.length
+        if inputs.get("position_ids") is not None:
+            changed["position_ids"] = self._positions(inputs["position_ids"])
         return changed
 
+    def _padded(self, inputs: dict[str, Any], name: str, value: int, count: int) -> dict[str, Tensor]:
+        """Return the named input with `value` at the prompt's places, where it has one whole number for each token."""
+        given = inputs.get(name)
+        token_wise = isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] == count
+        if not isinstance(given, Tensor) or not token_wise or (name == "labels" and given.is_floating_point()):
+            return {}
+        return {name: F.pad(given, (self.length, 0), value=value)}
+
     def _positions(self, positions: Tensor) -> Tensor:
-        front = torch.arange(self.length, device=positions.device).expand(positions.shape[0], -1)
-        return torch.cat([front, positions + self.length], dim=1)
+        front = torch.arange(self.length, device=positions.device).expand(*positions.shape[:-1], -1)
+        return torch.cat([front, positions + self.length], dim=-1)
+
+    def _continued(self, inputs: dict[str, Any], past: int) -> dict[str, Any]:
+        """Return the inputs of a step whose cache holds the prompt: masks and positions that do not count it, grow."""
+        changed, mask = dict(inputs), inputs.get("attention_mask")
+        ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        if mask is not None and mask.shape[-1] + self.length == past + ids.shape[1]:
+            changed["attention_mask"] = F.pad(mask, (self.length, 0), value=1)
+        if inputs.get("position_ids") is not None:
+            changed["position_ids"] = inputs["position_ids"] + self.length
+        return changed
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Return the prompt for each row, (B, l, d), in the embeddings' dtype."""
@@ -96,42 +158,86 @@ class PromptLeaf(Leaf):
         return prompt.to(embeddings.dtype).unsqueeze(0).expand(embeddings.shape[0], -1, -1)
 
     def generate(self, generate: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the model's own generate on embeddings with the prompt in front; returns ids as without the prompt."""
+        """Run the model's own generate with places for the prompt; returns ids as without it."""
         inputs = {**({"input_ids": args[0]} if args else {}), **kwargs}
-        ids = inputs.get("input_ids", inputs.pop("inputs", None))
-        if ids is None or len(args) > 1:
+        given = inputs.pop("inputs", None)
+        inputs["input_ids"] = given if inputs.get("input_ids") is None else inputs["input_ids"]
+        if inputs["input_ids"] is None or len(args) > 1:
             raise AttachError("generate with a prompt adapter needs input_ids, and keyword arguments for all else.")
-        inputs["input_ids"] = ids
-        rest = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask")}
-        extended = self.extended({"input_ids": ids, "attention_mask": inputs.get("attention_mask")})
-        was, self.state.active = self.state.active, False
+        extended = self.extended(inputs)
+        if not self.site.encoder_decoder:
+            longer = ("max_length", "min_length")  # both count the ids that are passed in
+            extended |= {name: inputs[name] + self.length for name in longer if inputs.get(name) is not None}
+        self.generating = True
+        self.awaited = int(extended["input_ids"].shape[1]) if self.site.encoder_decoder else None
         try:
-            produced = generate(**extended, **rest)
+            produced = generate(**extended)
+            self._check_embedded()
         finally:
-            self.state.active = was
-        if bool(getattr(getattr(self.root, "config", None), "is_encoder_decoder", False)):
-            return produced
-        return torch.cat([ids, produced], dim=1) if isinstance(produced, Tensor) else produced
+            self.generating, self.awaited = False, None
+        return produced if self.site.encoder_decoder else _without_places(produced, self.length)
 
     def edits(self) -> list[Edit]:
         """Added tokens have no weight to be folded into."""
         raise AttachError(f"{type(self.method).__name__} cannot be merged: {self.method.capabilities.merge_reason}.")
 
 
+class PlacesLeaf(Leaf):
+    """Puts the prompt of another leaf into its places among the embeddings; holds no tensors."""
+
+    def around(self, call: Call, *args: Any, **kwargs: Any) -> Tensor:
+        embeddings: Tensor = call(*args, **kwargs)
+        partner: PromptLeaf = self.__dict__["partner"]
+        awaited = partner.awaited
+        if awaited is None or embeddings.dim() != 3 or embeddings.shape[1] < awaited:
+            return embeddings
+        partner.awaited = None
+        start = embeddings.shape[1] - awaited
+        return torch.cat([embeddings[:, :start], partner(embeddings), embeddings[:, start + partner.length :]], dim=1)
+
+    def edits(self) -> list[Edit]:
+        """Nothing to merge here."""
+        return []
+
+
 def _length(cache: Any) -> int:
+    if cache is None:
+        return 0
     return int(cache.get_seq_length()) if not isinstance(cache, tuple | list) else int(cache[0][0].shape[-2])
 
 
-def _without_prompt(output: Any, length: int) -> Any:
+def _without_places(produced: Any, length: int) -> Any:
+    if isinstance(produced, Tensor):
+        return produced[:, length:]
+    produced["sequences"] = produced["sequences"][:, length:]
+    return produced
+
+
+def _without_prompt(output: Any, length: int, total: int) -> Any:
     """Drop the prompt's positions from token-wise outputs, so that logits stay aligned with the given tokens."""
+
+    def trimmed(value: Any, axes: int) -> Any:
+        if isinstance(value, Tensor):
+            return value[:, length:] if value.dim() == axes and value.shape[1] == total else value
+        return tuple(trimmed(item, axes) for item in value) if type(value) is tuple else value
+
     if not isinstance(output, dict):
-        return output
-    for name in ("logits", "last_hidden_state"):
-        value = output.get(name)
-        token_wise = isinstance(value, Tensor) and value.dim() == 3 and "encoder_last_hidden_state" not in output
-        if isinstance(value, Tensor) and token_wise:
-            output[name] = value[:, length:]
+        return trimmed(output, 3)
+    for name, axes in _TOKEN_WISE.items():
+        if output.get(name) is not None:
+            output[name] = trimmed(output[name], axes)
     return output
+
+
+def _special_ids(config: Any) -> set[int]:
+    """Return the ids that a model's configuration, or one nested in it, gives a meaning to."""
+    found: set[int] = set()
+    for name, value in getattr(config, "__dict__", {}).items():
+        if name.endswith(("_token_id", "_token_index")):
+            found |= set(value) if isinstance(value, list | tuple) else {value}
+        elif name.endswith("_config"):
+            found |= _special_ids(value)
+    return found
 
 
 @dataclass(frozen=True)
@@ -149,10 +255,10 @@ class PromptMethod(Method):
 
     def sites(self, structure: Structure, targets: Targets) -> list[PromptSite]:
         names = signature_of(structure.model).parameters
-        missing = [name for name in ("input_ids", "inputs_embeds", "attention_mask") if name not in names]
+        missing = [name for name in ("input_ids", "attention_mask") if name not in names]
         if missing:
             raise TargetError(
-                f"{type(self).__name__} needs a model whose forward takes input_ids, inputs_embeds and attention_mask; "
+                f"{type(self).__name__} needs a model whose forward takes input_ids and attention_mask; "
                 f"{type(structure.model).__name__}.forward has no {missing[0]!r}."
             )
         tables = [i.path for i in resolve(structure, targets) if isinstance(structure.modules[i.path], nn.Embedding)]
@@ -161,4 +267,7 @@ class PromptMethod(Method):
         table = max(tables, key=lambda path: int(structure.modules[path].num_embeddings))  # type: ignore[arg-type]
         module = structure.modules[table]
         assert isinstance(module, nn.Embedding)
-        return [PromptSite("", table, module.embedding_dim, module.num_embeddings)]
+        special = _special_ids(getattr(structure.model, "config", None))
+        placeholder = next(i for i in range(len(special) + 1) if i not in special)
+        encoder_decoder = "decoder_input_ids" in names
+        return [PromptSite("", table, module.embedding_dim, module.num_embeddings, placeholder, encoder_decoder)]

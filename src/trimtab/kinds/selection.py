@@ -47,4 +47,4 @@ class SelectionMethod(WeightMethod):
 
     def weight(self, leaf: WeightLeaf, weight: Tensor) -> Tensor:
         """Return the effective tensor: the leaf's own copy."""
-        return leaf.value  # type: ignore[no-any-return]
+        return leaf.value

@@ -13,8 +13,9 @@ from trimtab.errors import AttachError, TargetError
 from trimtab.hooks import Call, Leaf
 from trimtab.kinds.activation import change_primary, first_tensor, site_at
 from trimtab.kinds.edits import Edit
-from trimtab.kinds.tokens import AttentionCall, _AttentionTap
+from trimtab.kinds.tokens import AttentionCall, AttentionTap, attention_site, untapped
 from trimtab.method import Method, Targets
+from trimtab.routing import in_backward
 from trimtab.structure import Structure
 from trimtab.targets import resolve
 
@@ -64,18 +65,50 @@ class BlockLeaf(Leaf):
     def around(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         entering = first_tensor(args, kwargs)
         seen: list[AttentionCall] = []
-        with torch.no_grad(), _AttentionTap(_recorder(seen)):
+        with torch.no_grad(), AttentionTap(_recorder(seen)):
             output = call(*args, **kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
-        previous = self.__dict__["previous"]
-        stream = None if previous is None else previous.stream
-        if previous is not None:
-            previous.stream = None
-        state = self(entering, hidden, stream, seen[0] if seen else None)
+        self._check(hidden, seen)
+        state = self(entering, hidden, self._previous_stream(), seen[0] if seen else None)
         if not self.site.last:
             self.stream = state
             return output
         return change_primary(output, lambda _: state.to(hidden.dtype))
+
+    def _previous_stream(self) -> Tensor | None:
+        """Take the side state from the block before, which then lets go of it."""
+        previous = self.__dict__["previous"]
+        if previous is None:
+            return None
+        stream, previous.stream = previous.stream, None
+        if stream is None:
+            raise AttachError(
+                f"block {self.site.path!r} ran without the block before it, so its side state is missing: activation "
+                f"checkpointing recomputes single blocks. A side network keeps nothing of the base for the backward "
+                f"pass; switch checkpointing off."
+            )
+        return stream  # type: ignore[no-any-return]
+
+    def _check(self, hidden: Any, seen: list[AttentionCall]) -> None:
+        """Stop where the side network would see another thing than the block does."""
+        method, path = type(self.method).__name__, self.site.path
+        if in_backward():
+            raise AttachError(
+                f"activation checkpointing recomputes block {path!r} in the backward pass, which {method} does not "
+                f"need: the base runs without gradient and keeps nothing. Switch checkpointing off."
+            )
+        if not isinstance(hidden, Tensor) or hidden.shape[-1] != self.site.features:
+            found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+            raise AttachError(
+                f"block {path!r} returned {found}; {method} needs a hidden state whose last axis is {self.site.features}."
+            )
+        if self.site.attends and not seen:
+            raise untapped(path, self.method)
+        if seen and seen[0].key.shape[-2] != seen[0].query.shape[-2]:
+            raise AttachError(
+                f"{method} keeps no cache of its side states, but block {path!r} attends from {seen[0].query.shape[-2]} "
+                f"to {seen[0].key.shape[-2]} positions. Generate with use_cache=False."
+            )
 
     def forward(
         self, entering: Tensor, hidden: Tensor, stream: Tensor | None, attention: AttentionCall | None
@@ -86,6 +119,10 @@ class BlockLeaf(Leaf):
     def edits(self) -> list[Edit]:
         """A side network has no weight to be folded into."""
         raise AttachError(f"{type(self.method).__name__} cannot be merged: {self.method.capabilities.merge_reason}.")
+
+
+def _inside(path: str, blocks: list[str]) -> bool:
+    return any(path.startswith(block + ".") for block in blocks)
 
 
 def _recorder(seen: list[AttentionCall]) -> Callable[[AttentionCall], Tensor]:
@@ -111,7 +148,10 @@ class StackMethod(Method):
                 f"choose one, for example targets='{sorted(lists)[0]}.*'."
             )
         widths = [site_at(structure, path).features for path in paths]
-        attends = [any(a.path.startswith(path + ".") for a in structure.attentions) for path in paths]
+        if len(set(widths)) > 1:
+            raise TargetError(f"a side network needs blocks of one width, the targets have {sorted(set(widths))}.")
+        tapped = [attention_site(structure, part).path for part in structure.attentions if _inside(part.path, paths)]
+        attends = [any(_inside(attention, [path]) for attention in tapped) for path in paths]
         count = len(paths)
         return [BlockSite(p, i, count, w, a) for i, (p, w, a) in enumerate(zip(paths, widths, attends, strict=True))]
 

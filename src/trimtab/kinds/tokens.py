@@ -76,7 +76,7 @@ class AttentionCall:
         return F.pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
 
 
-class _AttentionTap(TorchFunctionMode):
+class AttentionTap(TorchFunctionMode):
     """Hands every scaled-dot-product attention inside one forward to `change`."""
 
     def __init__(self, change: Callable[[AttentionCall], Tensor]) -> None:
@@ -91,6 +91,14 @@ class _AttentionTap(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         self.calls += 1
         return self.change(AttentionCall(*args, **(kwargs or {})))
+
+
+def untapped(path: str, method: Method) -> AttachError:
+    """Return the error of a forward in which the attention at `path` could not be seen."""
+    return AttachError(
+        f"the attention {path!r} never called scaled_dot_product_attention, so {type(method).__name__} would do "
+        f"nothing. Load the model with attn_implementation='sdpa'."
+    )
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ def attention_site(structure: Structure, part: Attention) -> AttentionSite:
     if isinstance(structure.modules[part.path], nn.MultiheadAttention):
         raise TargetError(
             f"{part.path!r} is an nn.MultiheadAttention, whose attention cannot be tapped; "
-            f"token methods need a model that calls scaled_dot_product_attention itself."
+            f"this method needs a model that calls scaled_dot_product_attention itself."
         )
     if part.fused is not None:
         features = linear_features(structure.modules[part.fused])
@@ -138,14 +146,11 @@ class AttentionLeaf(Leaf):
     method: AttentionMethod
 
     def around(self, call: Call, *args: Any, **kwargs: Any) -> Any:
-        tap = _AttentionTap(self)
+        tap = AttentionTap(self)
         with tap:
             output = call(*args, **kwargs)
         if tap.calls == 0:
-            raise AttachError(
-                f"the attention {self.site.path!r} never called scaled_dot_product_attention, so "
-                f"{type(self.method).__name__} would do nothing. Load the model with attn_implementation='sdpa'."
-            )
+            raise untapped(self.site.path, self.method)
         return output
 
     def forward(self, call: AttentionCall) -> Tensor:

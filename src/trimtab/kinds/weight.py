@@ -12,7 +12,8 @@ from trimtab.errors import SettingError, TargetError
 from trimtab.hooks import Call, Leaf, State, base_class
 from trimtab.kinds.edits import Edit
 from trimtab.kinds.layouts import ConvolutionLayout, EmbeddingLayout, Layout, callable_alone, layout_of
-from trimtab.kinds.lowrank import Factors, add_update, linear_with_update
+from trimtab.kinds.lowrank import Factors as Factors
+from trimtab.kinds.lowrank import add_update, linear_with_update
 from trimtab.method import Method, Targets
 from trimtab.quantized import dense_weight, is_packed, linear_features
 from trimtab.structure import Structure
@@ -138,7 +139,9 @@ class CallLeaf(WeightLeaf):
     def __init__(self, method: Method, site: Any, state: State, root: nn.Module, target: nn.Module) -> None:
         super().__init__(method, site, state, root, target)
         plain = base_class(target).forward is nn.Linear.forward and not is_packed(target)
-        self.fusible = plain and type(method).forward is WeightMethod.forward and self.method.has_factors
+        assert isinstance(method, WeightMethod)
+        by_factors = type(method).forward is WeightMethod.forward and self.method.has_factors
+        self.fusible = plain and (by_factors or type(method).fused is not WeightMethod.fused)
 
     def around(self, call: Call, *args: Any, **kwargs: Any) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
@@ -148,12 +151,7 @@ class CallLeaf(WeightLeaf):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Return the changed output; without `y`, the base product is computed here too."""
-        if y is None:
-            target: Any = self.target
-            factors = self.method.factors(self)
-            assert factors is not None
-            return linear_with_update(x, target.weight, target.bias, factors, self.training)
-        return self.method.forward(self, x, y)
+        return self.method.fused(self, x) if y is None else self.method.forward(self, x, y)
 
     def _fused(self, call: Any) -> bool:
         """One function for base and update: a plain float linear map, this leaf innermost, no autocast."""
@@ -232,6 +230,13 @@ class WeightMethod(Method):
         """Fast path: return ΔW as a product, or None where this method has none."""
         return None
 
+    def fused(self, leaf: WeightLeaf, x: Tensor) -> Tensor:
+        """Return the output of a plain float `nn.Linear` from its input alone: base product and update together."""
+        target: Any = leaf.target
+        factors = self.factors(leaf)
+        assert factors is not None
+        return linear_with_update(x, target.weight, target.bias, factors, leaf.training)
+
     def forward(self, leaf: WeightLeaf, x: Tensor, y: Tensor) -> Tensor:
         """Return the output for input x, where y is the base module's output."""
         factors = self.factors(leaf)
@@ -246,7 +251,8 @@ def reference_update(leaf: WeightLeaf, x: Tensor, delta: Tensor) -> Tensor:
     if x.is_floating_point():
         x = x.to(delta.dtype)
     if isinstance(layout, ConvolutionLayout):
-        return target._conv_forward(x, layout.stored(delta, target.weight), None)  # type: ignore[no-any-return,operator]
+        weight: Any = target.weight
+        return target._conv_forward(x, layout.stored(delta, weight), None)  # type: ignore[no-any-return,operator]
     return layout.down(target, x, delta)
 
 

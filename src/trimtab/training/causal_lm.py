@@ -82,6 +82,10 @@ class CausalLM:
             return self._encode_texts(rows, self.text, tokenizer, max_length)
         return self._encode_pairs(rows, str(self.prompt), str(self.completion), tokenizer, max_length)
 
+    def loss_terms(self, labels: Tensor) -> int:
+        """Return the number of predicted tokens; the first of a row is not predicted."""
+        return int((labels[:, 1:] != IGNORED).sum())
+
     def evaluate(self, model: nn.Module, loader: Loader) -> Metrics:
         """Return the mean loss per predicted token (nats) and its exponential, the perplexity."""
         total, count = 0.0, 0
@@ -92,7 +96,7 @@ class CausalLM:
                     input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)
                 ).logits
                 total += check_finite(next_token_loss(logits, labels), index)
-                count += int((labels[:, 1:] != IGNORED).sum())
+                count += self.loss_terms(labels)
         loss = total / count
         return Metrics("loss", False, {"loss": loss, "perplexity": perplexity(loss)}, len(loader.encoded))
 
@@ -101,7 +105,7 @@ class CausalLM:
         return self.evaluate(base, loader)
 
     def _encode_texts(self, rows: Table, column: str, tokenizer: Any, max_length: int) -> Encoded:
-        start, end = _start(tokenizer), _end(tokenizer)
+        start, end = start_tokens(tokenizer), _end(tokenizer)
         check_room(rows, max_length, len(start) + 1 if start else 2)
         whole = [start + body + end for body in tokenize_plain(rows, column, tokenizer)]
         for index, row in enumerate(whole):
@@ -112,7 +116,7 @@ class CausalLM:
         return make_encoded(rows, Tokens(ids, cut, max(map(len, whole))), ids, tokenizer, max_length)
 
     def _encode_pairs(self, rows: Table, prompt: str, completion: str, tokenizer: Any, max_length: int) -> Encoded:
-        start, end = _start(tokenizer), _end(tokenizer)
+        start, end = start_tokens(tokenizer), _end(tokenizer)
         room = max_length - len(start)
         check_room(rows, max_length, len(start) + 2)  # one token of the prompt, one of the completion
         prompts = tokenize_plain(rows, prompt, tokenizer)
@@ -139,7 +143,7 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(aligned.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-def _start(tokenizer: Any) -> list[int]:
+def start_tokens(tokenizer: Any) -> list[int]:
     """Return the beginning-of-text token, if the tokenizer puts one in front by itself."""
     token_id = tokenizer.bos_token_id
     added = tokenizer("")["input_ids"][:1]

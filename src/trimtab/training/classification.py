@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab.errors import DataError, nearest, require
 from trimtab.training.batches import Loader
@@ -66,6 +66,10 @@ class Classification:
         classes = self._classes(rows)
         tokens = tokenize(rows, self.text, tokenizer, max_length)
         return make_encoded(rows, tokens, classes, tokenizer, max_length)
+
+    def loss_terms(self, labels: Tensor) -> int:
+        """Return the number of rows."""
+        return len(labels)
 
     def evaluate(self, model: nn.Module, loader: Loader) -> Metrics:
         """Return accuracy with its 95 % Wilson interval, macro-F1, and the mean cross-entropy in nats."""

@@ -49,7 +49,7 @@ def load_model(argument: str | Path, task: AnyTask, seed: int, *, dtype: torch.d
     classification head are missing, or when it has a trained head for other labels.
     """
     source = resolve_model(argument)
-    with _quiet_transformers():
+    with quiet_transformers():
         tokenizer = _load_tokenizer(source)
         model, report = _load_weights(source, task, seed, dtype)
     fresh = _fresh_parameters(model, source, task, report["missing_keys"])
@@ -150,7 +150,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence transformers' loading report and bars for the block: what they say is in `LoadedModel`, or an error."""
     logging = require("transformers", "hf").utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -50,6 +50,10 @@ class Seq2Seq:
         tokens = Tokens(sources.ids, sources.cut | targets.cut, max(sources.longest, targets.longest))
         return make_encoded(rows, tokens, targets.ids, tokenizer, max_length, rows.texts(self.target))
 
+    def loss_terms(self, labels: Tensor) -> int:
+        """Return the number of target tokens."""
+        return int((labels != IGNORED).sum())
+
     def evaluate(self, model: nn.Module, loader: Loader) -> Metrics:
         """Return the mean loss per target token (nats) and the share of targets that greedy decoding gives exactly.
 
@@ -62,7 +66,7 @@ class Seq2Seq:
                 batch = {key: value.to(device) for key, value in encoded.collate(rows).items()}
                 labels = batch["labels"]
                 total += check_finite(target_loss(model(**batch).logits, labels), index)
-                count += int((labels != IGNORED).sum())
+                count += self.loss_terms(labels)
                 written = encoded.decode(_generate(model, batch))
                 matches += sum(
                     _normalised(text) == _normalised(encoded.references[row])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab.errors import DataError, SettingError, suggestion
 from trimtab.training.batches import Loader
@@ -34,6 +34,9 @@ class Task(Protocol):
 
     def encode(self, rows: Table, tokenizer: Any, max_length: int) -> Encoded:
         """Return `rows` as token ids of at most `max_length` tokens and labels."""
+
+    def loss_terms(self, labels: Tensor) -> int:
+        """Return how many terms the model's mean loss of a batch with these labels is the mean of."""
 
     def evaluate(self, model: nn.Module, loader: Loader) -> Metrics:
         """Return the model's figures over one pass of `loader`, in evaluation mode and without gradients."""

@@ -19,6 +19,7 @@ class FullTuning(SelectionMethod):
     Trainable: every number of the targeted tensors; tied tensors are one.
     """
 
+    lr_scale: float = setting(1.0, "learning rate relative to the adapter's; a fresh head needs more", above=0.0)
     targets: Targets = setting("all", "tensors, or modules whose tensors are trained")
 
     capabilities = Capabilities(
@@ -30,7 +31,7 @@ class FullTuning(SelectionMethod):
     )
 
     def tensors(self, site: ParameterSite) -> dict[str, Spec]:
-        return {"value": Spec(site.shape, decay=len(site.shape) > 1)}
+        return {"value": Spec(site.shape, lr_scale=self.lr_scale, decay=len(site.shape) > 1)}
 
     def initialise(self, leaf: WeightLeaf, generator: torch.Generator) -> None:
         leaf.value.copy_(leaf.weight())

@@ -18,7 +18,8 @@ class PrefixTuning(AttentionMethod):
 
     At every attention K ← [P_k; K] and V ← [P_v; V], with P_k, P_v (l, width of all key heads); the prefix is not
     multiplied by the projections, carries no position, and is visible to every query. The positions of the real
-    tokens do not move (huggingface/peft and the original move them by l, which only learned absolute positions see).
+    tokens do not move (huggingface/peft and the original move them by l, which learned and rotary positions see: pass
+    position_ids that start at l for their numbers). T5's bias by distance is zero towards the prefix (peft's is not).
     Initial N(0, deviation²), the direct tables of arXiv 2110.04366. Never starts at the base: even zero keys take
     softmax mass. Trainable: 2·l·width for each attention.
     """

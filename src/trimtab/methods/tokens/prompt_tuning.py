@@ -53,4 +53,4 @@ class PromptTuning(PromptMethod):
             normal(leaf.P, 1.0, generator)
 
     def prompt(self, leaf: PromptLeaf) -> Tensor:
-        return leaf.P  # type: ignore[no-any-return]
+        return leaf.P

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from trimtab.kinds.initial import kaiming_uniform, normal
+from trimtab.kinds.initial import lora_start, normal
 from trimtab.kinds.layouts import EmbeddingLayout
+from trimtab.kinds.lowrank import lora_scale
 from trimtab.kinds.weight import Factors, ParameterSite, WeightLeaf, WeightMethod
 from trimtab.method import Capabilities, Spec, Targets, setting
 
@@ -42,8 +42,7 @@ class LoRA(WeightMethod):
     @property
     def scale(self) -> float:
         """The factor s of the update."""
-        alpha = float(self.rank) if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+        return lora_scale(self.alpha, self.rank, self.rank_stabilized)
 
     def tensors(self, site: ParameterSite) -> dict[str, Spec]:
         rank = site.rank(self.rank)
@@ -53,12 +52,10 @@ class LoRA(WeightMethod):
         }
 
     def initialise(self, leaf: WeightLeaf, generator: torch.Generator) -> None:
-        if isinstance(leaf.site.layout, EmbeddingLayout):
-            normal(leaf.B, 1.0, generator)
-        elif self.initial == "gaussian":
+        if self.initial == "gaussian" and not isinstance(leaf.site.layout, EmbeddingLayout):
             normal(leaf.A, 1.0 / self.rank, generator)
         else:
-            kaiming_uniform(leaf.A, generator)
+            lora_start(leaf.A, leaf.B, leaf.site.layout, generator)
 
     def delta(self, leaf: WeightLeaf) -> Tensor:
         return self.scale * (leaf.B @ leaf.A)

@@ -1,0 +1,51 @@
+"""`trimtab merge`: base and adapter as one ordinary model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import nn
+
+from trimtab.cli.console import show, show_json
+from trimtab.cli.plan import MODEL_HELP
+from trimtab.storage import load, read_adapter_file
+from trimtab.training.architectures import load_as_saved, load_tokenizer_if_any
+from trimtab.training.merged import check_output, save_merged
+from trimtab.training.models import load_model
+from trimtab.training.run_folder import find_record
+
+
+def merge(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    file: Annotated[Path, typer.Argument(help="An adapter file, or the folder that holds one.")],
+    output: Annotated[Path, typer.Argument(help="A new folder for the merged model.")],
+    untie: Annotated[
+        bool, typer.Option("--untie", help="Let tied weights come apart where the adapter needs it.")
+    ] = False,
+    accept_other_base: Annotated[
+        bool, typer.Option("--accept-other-base", help="Use another base on purpose.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Write the adapter's change into the weights and save the whole model with transformers."""
+    read_adapter_file(file)
+    check_output(output)
+    base, tokenizer = load_base(model, file)
+    adapter = load(base, file, accept_other_base=accept_other_base)
+    saved = save_merged(adapter, tokenizer, output, untie)
+    if json:
+        show_json({"folder": str(saved.folder), "size": saved.size, "receipt": dataclasses.asdict(saved.receipt)})
+        return
+    show(str(saved), f"\nUse it:\n  transformers.{type(base).__name__}.from_pretrained({str(output)!r})")
+
+
+def load_base(model: str, file: Path | None = None) -> tuple[nn.Module, Any]:
+    """Load the base of an adapter with its tokenizer: for the run's task where the file lies in a run's folder."""
+    record = None if file is None else find_record(file)
+    if record is None:
+        return load_as_saved(model), load_tokenizer_if_any(model)
+    loaded = load_model(model, record.task, record.settings.loop.seed, dtype=record.settings.dtype)
+    return loaded.model, loaded.tokenizer

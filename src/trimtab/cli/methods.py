@@ -1,0 +1,95 @@
+"""`trimtab methods`: the catalogue, and the card of one method."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from typing import Annotated
+
+import typer
+
+from trimtab.cli.console import Grid, show, show_json
+from trimtab.cli.settings import describe_settings
+from trimtab.method import Method, find_method
+from trimtab.method import methods as catalogue
+
+_ARXIV = re.compile(r"arXiv[: ](\d{4}\.\d{4,5})")
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show the card and the settings of this method.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """List every method, or show one with its settings."""
+    if name is not None:
+        _show_one(find_method(name), json)
+        return
+    found = [_summary(cls) for cls in catalogue().values()]
+    if json:
+        show_json({"methods": found})
+        return
+    header = ("name", "kind", "paper", "starts at base", "merge", "capabilities")
+    rows = tuple(_row(cls) for cls in catalogue().values())
+    show(Grid(header, rows), f"\n{len(rows)} methods. `trimtab methods NAME` shows one with its settings.")
+
+
+def _row(cls: type[Method]) -> tuple[str, ...]:
+    summary, capabilities = _summary(cls), cls.capabilities
+    paper = str(summary["paper"] or "–")
+    able = ", ".join(_abilities(cls))
+    return cls.__name__, kind_of(cls), paper, capabilities.starts_at_base, capabilities.merge, able
+
+
+def kind_of(cls: type[Method]) -> str:
+    """Return the engine that a method is built on: weight, activation, …; 'composition' for one without."""
+    for base in cls.__mro__:
+        package, _, kind = base.__module__.rpartition(".")
+        if package == "trimtab.kinds":
+            return kind
+    return "composition"
+
+
+def _summary(cls: type[Method]) -> dict[str, object]:
+    card = inspect.getdoc(cls) or ""
+    paper = _ARXIV.search(card)
+    return {
+        "name": cls.__name__,
+        "kind": kind_of(cls),
+        "title": card.split("\n", 1)[0],
+        "paper": f"arXiv {paper[1]}" if paper else None,
+        "capabilities": _capabilities(cls),
+    }
+
+
+def _capabilities(cls: type[Method]) -> dict[str, object]:
+    return dataclasses.asdict(cls.capabilities)
+
+
+def _abilities(cls: type[Method]) -> list[str]:
+    """Return the names of what the method can do; what it must or cannot do stands in its own columns."""
+    able = ("linear_in_parameters", "cached_generation", "quantized_base", "per_sample_gradients", "routable")
+    return [name.replace("_", " ") for name in able if _capabilities(cls)[name]]
+
+
+def _show_one(cls: type[Method], json: bool) -> None:
+    settings = describe_settings(cls)
+    card = inspect.getdoc(cls) or ""
+    if json:
+        show_json(_summary(cls) | {"card": card, "settings": [dataclasses.asdict(entry) for entry in settings]})
+        return
+    header = ("setting", "type", "default", "range", "meaning")
+    rows = tuple((entry.name, entry.type, entry.default, entry.range, entry.help) for entry in settings)
+    facts = tuple((name.replace("_", " "), _plain(value)) for name, value in _capabilities(cls).items() if value != "")
+    show(
+        f"{cls.__name__} ({kind_of(cls)})\n\n{card}\n", Grid(header, rows), "", Grid(("capability", "value"), facts),
+        f"\nUse it: trimtab train MODEL DATA --method {cls.__name__}" + (f" --set {_first(rows)}" if rows else ""),
+    )  # fmt: skip
+
+
+def _plain(value: object) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
+
+
+def _first(rows: tuple[tuple[str, ...], ...]) -> str:
+    return f"{rows[0][0]}={rows[0][2]}"

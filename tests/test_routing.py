@@ -1,0 +1,331 @@
+"""One adapter for each row of the batch: the same as row by row, in training too, and never by mistake."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import trimtab
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from zoo import ZOO, ZooModel
+
+LORA = {"first": trimtab.LoRA(rank=2), "second": trimtab.LoRA(rank=4, alpha=8.0)}
+MIXED = {"first": trimtab.LoRA(rank=2), "second": trimtab.LNTuning(), "third": trimtab.PaCA(rank=3, targets="query | value")}
+ROWS = ["second", None, "first"]
+LEFT_OUT = {"tied_embedding", "cnn"}
+
+
+def attached(entry: ZooModel, methods: dict[str, trimtab.Method]) -> dict[str, trimtab.Adapter]:
+    """The adapters, away from their start."""
+    torch.manual_seed(7)
+    adapters = {name: trimtab.attach(entry.model, method, name=name) for name, method in methods.items()}
+    with torch.no_grad():
+        for adapter in adapters.values():
+            for parameter in adapter.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return adapters
+
+
+def row_by_row(entry: ZooModel, adapters: dict[str, trimtab.Adapter], rows: list[str | None]) -> Tensor:
+    """The main output of each row of the batch alone, through its own adapter."""
+    outputs = []
+    for index, row in enumerate(rows):
+        for name, adapter in adapters.items():
+            adapter.active = name == row
+        outputs.append(entry.output(inputs=entry.rows(index)))
+    for adapter in adapters.values():
+        adapter.active = True
+    return torch.cat(outputs)
+
+
+def gradients(adapters: dict[str, trimtab.Adapter]) -> list[Tensor | None]:
+    found = []
+    for adapter in adapters.values():
+        for parameter in adapter.parameters():
+            found.append(None if parameter.grad is None else parameter.grad.clone())
+            parameter.grad = None
+    return found
+
+
+def assert_same(found: list[Tensor | None], expected: list[Tensor | None]) -> None:
+    assert any(gradient is not None and gradient.abs().max() > 0 for gradient in expected)
+    for one, other in zip(found, expected, strict=True):
+        if other is None or one is None:
+            assert all(gradient is None or gradient.abs().max() == 0 for gradient in (one, other))
+        else:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def without_labels(name: str) -> ZooModel:
+    """CLIP's and the classifiers' losses mix or average rows; outputs are compared instead."""
+    entry = ZOO[name](0, 0.0)
+    entry.inputs.pop("labels", None) if name != "t5" else None
+    return entry
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in LEFT_OUT])
+def test_a_routed_batch_is_its_rows_one_by_one(name: str) -> None:
+    entry = without_labels(name)
+    adapters = attached(entry, LORA)
+    expected = row_by_row(entry, adapters, ROWS)
+    expected.square().sum().backward()
+    one_by_one = gradients(adapters)
+    with trimtab.route(entry.model, ROWS):
+        found = entry.output()
+        found.square().sum().backward()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert_same(gradients(adapters), one_by_one)
+    base = row_by_row(entry, adapters, [None, None, None])
+    assert torch.allclose(found[1], base[1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[0], base[0], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5", "vit", "mixtral"])
+def test_methods_of_several_kinds_in_one_batch(name: str) -> None:
+    entry = without_labels(name)
+    methods = MIXED if name not in ("gpt2",) else MIXED | {"third": trimtab.PaCA(rank=3)}
+    adapters = attached(entry, methods)
+    for rows in (["third", "second", "first"], ["second", "second", None], ["first", "third", "first"]):
+        with trimtab.route(entry.model, rows):
+            found = entry.output()
+        torch.testing.assert_close(found, row_by_row(entry, adapters, rows), rtol=1e-4, atol=1e-5)
+
+
+def test_a_composition_is_routed_with_all_its_parts() -> None:
+    entry = without_labels("bert")
+    both = trimtab.Compose(trimtab.LoRA(rank=2, targets="query"), trimtab.BitFit())
+    adapters = attached(entry, {"first": both, "second": trimtab.LoRA(rank=2)})
+    with trimtab.route(entry.model, ROWS):
+        found = entry.output()
+    torch.testing.assert_close(found, row_by_row(entry, adapters, ROWS), rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_flattened_together_keep_their_rows() -> None:
+    """Mixtral's router sees rows and tokens as one axis; so does a linear map on flattened states."""
+    entry = without_labels("mixtral")
+    adapters = attached(entry, {name: trimtab.LoRA(rank=2, targets="re:.*(gate|q_proj)") for name in LORA})
+    shapes = set()
+    router = entry.model.model.layers[0].mlp
+    handle = router.register_forward_hook(lambda module, args, output: shapes.add(tuple(args[0].shape)))
+    with trimtab.route(entry.model, ROWS):
+        found = entry.output()
+    handle.remove()
+    assert shapes
+    torch.testing.assert_close(found, row_by_row(entry, adapters, ROWS), rtol=1e-4, atol=1e-5)
+
+    class Flattening(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            flat = self.inner(hidden.flatten(0, 1))  # (rows · tokens, 6)
+            return self.outer(flat.view_as(hidden))
+
+    torch.manual_seed(0)
+    model, hidden = Flattening(), torch.randn(3, 5, 6)
+    plain = {name: trimtab.attach(model, trimtab.LoRA(rank=2, targets="inner"), name=name) for name in LORA}
+    with torch.no_grad():
+        for adapter in plain.values():
+            for parameter in adapter.parameters():
+                parameter.normal_()
+    with trimtab.route(model, ROWS):
+        found = model(hidden)
+    for index, row in enumerate(ROWS):
+        for name, adapter in plain.items():
+            adapter.active = name == row
+        torch.testing.assert_close(found[index], model(hidden[index : index + 1])[0])
+
+
+def test_rows_that_cannot_be_told_apart_stop() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Identity())
+    trimtab.attach(model, trimtab.LoRA(rank=2, targets="0"), name="first")
+    with (
+        trimtab.route(model, ["first", None]),
+        pytest.raises(trimtab.AttachError, match="a routed batch of 2 rows reached a module with 5 entries"),
+    ):
+        model(torch.randn(5, 4))
+
+
+def test_rows_of_one_adapter_are_that_adapter() -> None:
+    entry = without_labels("llama")
+    adapters = attached(entry, LORA)
+    for name in (None, *LORA):
+        rows = [name] * 3
+        with trimtab.route(entry.model, rows):
+            found = entry.output()
+        torch.testing.assert_close(found, row_by_row(entry, adapters, rows), rtol=1e-4, atol=1e-5)
+
+
+def test_a_route_ends_with_its_block_and_an_inner_one_gives_way() -> None:
+    entry = without_labels("bert")
+    adapters = attached(entry, LORA)
+    plain = entry.output()
+    with trimtab.route(entry.model, ROWS):
+        outer = entry.output()
+        with trimtab.route(entry.model, ["first"] * 3):
+            inner = entry.output()
+        assert torch.equal(entry.output(), outer)
+    torch.testing.assert_close(inner, row_by_row(entry, adapters, ["first"] * 3), rtol=1e-4, atol=1e-5)
+    assert torch.equal(entry.output(), plain)
+    with pytest.raises(RuntimeError, match="stop here"), trimtab.route(entry.model, ROWS):
+        raise RuntimeError("stop here")
+    assert torch.equal(entry.output(), plain)
+
+
+# ---- activation checkpointing ----
+
+
+def checkpointed(entry: ZooModel, reentrant: bool) -> None:
+    entry.model.train()
+    entry.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant:
+        entry.model.enable_input_require_grads()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5", "mixtral"])
+@pytest.mark.parametrize("methods", [LORA, MIXED], ids=["lora", "mixed"])
+def test_checkpointing_gives_the_same_gradients(name: str, methods: dict[str, trimtab.Method], reentrant: bool) -> None:
+    entry = without_labels(name)
+    adapters = attached(entry, methods if name != "gpt2" else LORA)
+    with trimtab.route(entry.model, ROWS):
+        entry.output().square().sum().backward()
+    expected = gradients(adapters)
+    checkpointed(entry, reentrant)
+    for _ in range(2):  # nothing of the first run stays behind
+        with trimtab.route(entry.model, ROWS):
+            entry.output().square().sum().backward()
+        assert_same(gradients(adapters), expected)
+
+
+def test_accumulation_inside_one_block() -> None:
+    entry = without_labels("bert")
+    adapters = attached(entry, LORA)
+    checkpointed(entry, reentrant=True)
+    with trimtab.route(entry.model, ROWS):
+        entry.output().square().sum().backward()
+    once = gradients(adapters)
+    with trimtab.route(entry.model, ROWS):
+        for _ in range(2):
+            entry.output().square().sum().backward()
+    assert_same([None if g is None else g / 2 for g in gradients(adapters)], once)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_backward_after_the_block_stops(reentrant: bool) -> None:
+    entry = without_labels("bert")
+    attached(entry, LORA)
+    checkpointed(entry, reentrant)
+    with trimtab.route(entry.model, ROWS):
+        loss = entry.output().square().sum()
+    with pytest.raises(trimtab.AttachError, match=r"has ended: the gradients would be those of other adapters"):
+        loss.backward()
+
+
+def test_backward_after_the_block_is_fine_without_checkpointing() -> None:
+    entry = without_labels("bert")
+    adapters = attached(entry, LORA)
+    with trimtab.route(entry.model, ROWS):
+        loss = entry.output().square().sum()
+    loss.backward()
+    found = gradients(adapters)
+    row_by_row(entry, adapters, ROWS).square().sum().backward()
+    assert_same(found, gradients(adapters))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("other", [["first", "second", None], ["second", None, "first"]], ids=["other rows", "same rows"])
+def test_crossed_routes_stop(reentrant: bool, other: list[str | None]) -> None:
+    """The first block's backward runs inside the second: its recomputation would go through the second's adapters."""
+    entry = without_labels("bert")
+    attached(entry, LORA)
+    checkpointed(entry, reentrant)
+    with trimtab.route(entry.model, ROWS):
+        first = entry.output().square().sum()
+    with trimtab.route(entry.model, other):
+        second = entry.output().square().sum()
+        with pytest.raises(trimtab.AttachError, match=r"another `with trimtab\.route\(\.\.\.\)` block"):
+            (first + second).backward()
+
+
+def test_an_unrouted_forward_after_a_routed_one_is_its_own() -> None:
+    """A plain training step after routed inference recomputes without complaint."""
+    entry = without_labels("bert")
+    adapters = attached(entry, LORA)
+    with trimtab.route(entry.model, ROWS), torch.no_grad():
+        entry.output()
+    entry.output().square().sum().backward()
+    expected = gradients(adapters)
+    checkpointed(entry, reentrant=False)
+    with trimtab.route(entry.model, ROWS), torch.no_grad():
+        entry.output()
+    entry.output().square().sum().backward()
+    assert_same(gradients(adapters), expected)
+
+
+def test_an_unrouted_backward_inside_a_block_stops() -> None:
+    """The forward ran without a route; its recomputation inside one would not."""
+    entry = without_labels("bert")
+    attached(entry, LORA)
+    checkpointed(entry, reentrant=False)
+    loss = entry.output().square().sum()
+    with trimtab.route(entry.model, ROWS), pytest.raises((trimtab.AttachError, torch.utils.checkpoint.CheckpointError)):
+        loss.backward()
+
+
+def test_a_part_that_the_user_checkpoints() -> None:
+    """`torch.utils.checkpoint` called by hand around one module."""
+
+    class Checkpointing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            inner: Any = checkpoint(self.inner, hidden, use_reentrant=False)
+            return self.outer(inner)
+
+    torch.manual_seed(0)
+    model, hidden = Checkpointing(), torch.randn(3, 6)
+    for name, method in LORA.items():
+        adapter = trimtab.attach(model, trimtab.LoRA(rank=2, targets="inner"), name=name)
+        del method
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.normal_()
+    with trimtab.route(model, ROWS):
+        model(hidden).sum().backward()
+        late = model(hidden).sum()
+    assert all(p.grad is not None for a in trimtab.adapters(model).values() for p in a.parameters())
+    with pytest.raises(trimtab.AttachError, match="has ended"):
+        late.backward()
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize("method", [trimtab.PrefixTuning(length=2), trimtab.PromptTuning(length=2)])
+def test_token_methods_are_not_routed(method: trimtab.Method) -> None:
+    entry = without_labels("llama")
+    trimtab.attach(entry.model, method, name="first")
+    with (
+        trimtab.route(entry.model, ["first", None, "first"]),
+        pytest.raises(trimtab.AttachError, match=rf"{type(method).__name__} \(adapter 'first'\) cannot be routed by rows\."),
+    ):
+        entry.output()
+
+
+def test_unknown_names_and_unattached_models_are_refused() -> None:
+    entry = without_labels("bert")
+    with pytest.raises(trimtab.AttachError, match="route: no adapter is attached to this model"):
+        trimtab.route(entry.model, ROWS)
+    attached(entry, LORA)
+    with (
+        pytest.raises(trimtab.AttachError, match=r"route: there is no adapter 'frist'\. Did you mean 'first'"),
+        trimtab.route(entry.model, ["frist", None, None]),
+    ):
+        pass
