@@ -27,7 +27,6 @@ from trimtab.training.splits import split_table
 from trimtab.training.table import Table
 from trimtab.training.tasks import make_task
 
-HEAD = tt.FullTuning(targets="classifier", lr_scale=20.0)  # the fresh head needs a larger rate than the encoder
 BATCH, EPOCHS, WARMUP, LENGTH = 32, 2, 0.06, 64
 
 
@@ -41,10 +40,15 @@ class Run:
     searched: tuple[float, ...]
 
 
+def head(lr_scale: float) -> tt.Method:
+    """Return full tuning of the fresh classifier, which needs a larger learning rate than what is pretrained."""
+    return tt.FullTuning(targets="classifier", lr_scale=lr_scale)
+
+
 RUNS = (
-    Run("linear probe", tt.LinearProbe(targets="classifier"), 1e-1, (3e-2, 1e-1, 3e-1)),
-    Run("LoRA r=8", tt.Compose(tt.LoRA(rank=8), tt.FullTuning(targets="classifier")), 4e-3, (2e-3, 4e-3, 8e-3)),
-    Run("full fine-tuning", tt.Compose(tt.FullTuning(targets="all - classifier"), HEAD), 2e-4, (1e-4, 2e-4, 4e-4)),
+    Run("linear probe", tt.LinearProbe(targets="classifier"), 3e-1, (3e-2, 1e-1, 3e-1)),
+    Run("LoRA r=8", tt.Compose(tt.LoRA(rank=8), head(10.0)), 4e-3, (2e-3, 4e-3, 8e-3)),
+    Run("full fine-tuning", tt.Compose(tt.FullTuning(targets="all - classifier"), head(20.0)), 4e-4, (1e-4, 2e-4, 4e-4)),
 )
 
 

@@ -96,7 +96,7 @@ def with_peft(base: nn.Module, dropout: float = 0.0, use_dora: bool = False, ran
 
 
 def paired_seconds(actions: Sequence[Callable[[], object]], rounds: int, seed: int = 0) -> list[list[float]]:
-    """Return seconds of processor time of each action in each round, [action][round]; the order is shuffled each round."""
+    """Return seconds of processor time by action and round; every round runs all actions in a new random order."""
     shuffled = random.Random(seed)
     seconds: list[list[float]] = [[] for _ in actions]
     for action in actions:  # warm up: allocator, generated classes, optimizer state
@@ -169,7 +169,9 @@ def conditions() -> str:
     """Return date, commit, versions and processor, for a table's caption."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
     changed = " with uncommitted changes" if _git("status", "--porcelain", "src") else ""
-    return f"{date.today()}, commit {_git('rev-parse', '--short', 'HEAD')}{changed}; Python {platform.python_version()}, {packages}; {processor()}"
+    commit = _git("rev-parse", "--short", "HEAD")
+    python = platform.python_version()
+    return f"{date.today()}, commit {commit}{changed}; Python {python}, {packages}; {processor()}"
 
 
 def _git(*arguments: str) -> str:

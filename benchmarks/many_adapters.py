@@ -17,7 +17,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import conditions, markdown, median_ratio, paired_seconds, random_llama, random_tokens, with_peft, write_section
+from common import (
+    LAYERS,
+    conditions,
+    markdown,
+    median_ratio,
+    paired_seconds,
+    random_llama,
+    random_tokens,
+    with_peft,
+    write_section,
+)
 from torch import nn
 
 import trimtab as tt
@@ -33,7 +43,9 @@ def seconds_of(action: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def attach_ratio(base: nn.Module, repeats: int, add: Callable[[Any, int], object], begin: Callable[[Any], Any]) -> float:
+def attach_ratio(
+    base: nn.Module, repeats: int, add: Callable[[Any, int], object], begin: Callable[[Any], Any]
+) -> float:
     """Return the median, over fresh models, of the last attach's time relative to the first's."""
     ratios = []
     for repeat in range(repeats + 1):
@@ -61,7 +73,7 @@ def attach_ratios(repeats: int) -> tuple[float, float]:
 
 
 def routed_actions(base: nn.Module, tokens: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """Return the forwards to compare: the base, one adapter for all rows, eight adapters for eight rows; ours, peft's."""
+    """Return the forwards to compare: one adapter for all rows, or one each for eight rows; ours and peft's."""
     import peft
 
     names = [f"a{i}" for i in range(ROUTED)]
@@ -80,7 +92,6 @@ def routed_actions(base: nn.Module, tokens: torch.Tensor) -> dict[str, Callable[
             routed(input_ids=tokens)
 
     return {
-        "base": lambda: base(input_ids=tokens),
         "one": lambda: single(input_ids=tokens),
         "eight": run_routed,
         "peft one": lambda: peft_single(input_ids=tokens),
@@ -111,9 +122,9 @@ def main() -> int:
     cells = [[text, f"{own:.2f}", f"{other:.2f}", f"{limit:.1f}"] for text, (own, other), limit in rows]
     table = markdown(["", "Trimtab", "peft", "budget"], cells)
     caption = (
-        f"Attach: LoRA of rank 8 on all linear layers of a random Llama of {ATTACH_LAYERS} layers, width {ATTACH_WIDTH}, "
-        f"median over {arguments.repeats} fresh models. Batch: inference on 4 layers, width {ROUTE_WIDTH}, median over "
-        f"{arguments.rounds} rounds.\n\n{conditions()}."
+        f"Attach: LoRA of rank 8 on all linear layers of a random Llama of {ATTACH_LAYERS} layers, width "
+        f"{ATTACH_WIDTH}, median over {arguments.repeats} fresh models. Batch: inference on {LAYERS} layers, width "
+        f"{ROUTE_WIDTH}, median over {arguments.rounds} rounds.\n\n{conditions()}."
     )
     print(table)
     if arguments.write:

@@ -753,7 +753,7 @@ def test_ssf_learns_what_a_low_rank_update_with_more_parameters_cannot() -> None
             module.weight.mul_(gain.view(-1, *[1] * (module.weight.dim() - 1)))
             module.bias.mul_(gain).add_(shift)
         target = teacher(x)
-    start = float(F.mse_loss(base(x), target))
+    start = float(F.mse_loss(base(x), target).detach())
     remaining = {}
     for method in (tt.SSF(deviation=0.0), tt.LoRA(rank=2, targets="0 | 3")):
         adapter = tt.attach(base, method, dtype=torch.float64)
@@ -766,7 +766,7 @@ def test_ssf_learns_what_a_low_rank_update_with_more_parameters_cannot() -> None
             return loss
 
         optimizer.step(closure)
-        remaining[type(method)] = (float(F.mse_loss(base(x), target)) / start, adapter.trainable_count)
+        remaining[type(method)] = (float(F.mse_loss(base(x), target).detach()) / start, adapter.trainable_count)
         adapter.detach()
     assert remaining[tt.SSF][0] < 1e-6
     assert remaining[tt.LoRA][0] > 1e-3
@@ -793,7 +793,7 @@ def remaining_loss(method: tt.Method, seed: int) -> float:
         for linear in (teacher[0].up, teacher[0].down):
             linear.weight.add_(0.3 * linear.weight.std() * torch.randn_like(linear.weight))
         target = teacher(x)
-    start = float(F.mse_loss(base(x), target))
+    start = float(F.mse_loss(base(x), target).detach())
     adapter = tt.attach(base, method)
     if isinstance(method, tt.HoulsbyAdapter):
         with torch.no_grad():
@@ -805,7 +805,7 @@ def remaining_loss(method: tt.Method, seed: int) -> float:
         optimizer.zero_grad()
         F.mse_loss(base(x), target).backward()
         optimizer.step()
-    return float(F.mse_loss(base(x), target)) / start
+    return float(F.mse_loss(base(x), target).detach()) / start
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -18,7 +18,7 @@ METHODS = PACKAGE / "methods"
 # Folders above the core. A new folder counts as core until it is named here, on purpose.
 ABOVE_CORE = {
     "methods", "interop", "training", "cli", "compare", "search", "merging", "decoding", "federated", "privacy",
-    "report", "tasks", "vision",
+    "contract", "demo", "report", "tasks", "vision",
 }  # fmt: skip
 # The catalogue lists the folder of methods and the package binds its name; neither names a method.
 LISTS_METHODS = {PACKAGE / "method.py", PACKAGE / "__init__.py"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ def tensors(adapter: trimtab.Adapter) -> dict[str, Tensor]:
 def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float = 0.0) -> None:
     assert first.keys() == second.keys()
     for name, tensor in first.items():
-        torch.testing.assert_close(tensor, second[name], rtol=0, atol=tolerance, msg=lambda text, at=name: f"{at}: {text}")
+        torch.testing.assert_close(
+            tensor, second[name], rtol=0, atol=tolerance, msg=lambda text, at=name: f"{at}: {text}"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -325,8 +328,6 @@ def test_training_unbound_stops_before_the_second_step() -> None:
 
 
 def test_a_copy_of_a_model_under_training_can_be_used() -> None:
-    import copy
-
     model, adapter = attached()
     optimizer = adamw(adapter)
     adapter.bind(optimizer, total_steps=TOTAL)
@@ -354,14 +355,18 @@ def test_a_tensor_without_gradient_is_named_at_the_second_step() -> None:
     F.mse_loss(model(x), y).backward()
     optimizer.step()
     F.mse_loss(model(x), y).backward()
-    with pytest.raises(trimtab.TrainingError, match=r"no gradient has reached '0/idle:weight/A', '0/idle:weight/B' \(2 of 4"):
+    with pytest.raises(
+        trimtab.TrainingError, match=r"no gradient has reached '0/idle:weight/A', '0/idle:weight/B' \(2 of 4"
+    ):
         optimizer.step()
 
 
 def test_an_optimizer_without_the_parameters_is_refused() -> None:
-    model, adapter = attached(trimtab.LoRA(rank=2, targets="0 | 2"))
+    _, adapter = attached(trimtab.LoRA(rank=2, targets="0 | 2"))
     optimizer = torch.optim.SGD([next(adapter.parameters())], lr=0.1)
-    with pytest.raises(trimtab.TrainingError, match="does not hold 3 of the adapter's parameters, for example '0/0:weight/B'"):
+    with pytest.raises(
+        trimtab.TrainingError, match="does not hold 3 of the adapter's parameters, for example '0/0:weight/B'"
+    ):
         adapter.bind(optimizer)
     with pytest.raises(trimtab.TrainingError, match="does not hold 4 of the adapter's parameters"):
         adapter.bind(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
@@ -370,7 +375,7 @@ def test_an_optimizer_without_the_parameters_is_refused() -> None:
 def test_an_optimizer_that_cannot_be_seen_through_is_refused() -> None:
     _, adapter = attached()
     engine = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})()
-    with pytest.raises(trimtab.TrainingError, match="cannot bind to DeepSpeedZeroOptimizer: .*DeepSpeed partitions"):
+    with pytest.raises(trimtab.TrainingError, match=r"cannot bind to DeepSpeedZeroOptimizer: .*DeepSpeed partitions"):
         adapter.bind(engine, total_steps=TOTAL)
     wrapped = type("FusedAdam", (torch.optim.SGD,), {"__module__": "deepspeed.ops.adam"})(adapter.parameters(), lr=0.1)
     with pytest.raises(trimtab.TrainingError, match="cannot bind to FusedAdam"):
@@ -386,7 +391,9 @@ def test_a_schedule_needs_the_length_of_the_run(total_steps: int | None) -> None
 
 def test_a_schedule_that_does_not_fit_the_run_is_refused_at_binding() -> None:
     _, adapter = attached()
-    with pytest.raises(trimtab.TrainingError, match="after warmup_steps=2 and before final_steps=4, none of the 6 steps"):
+    with pytest.raises(
+        trimtab.TrainingError, match="after warmup_steps=2 and before final_steps=4, none of the 6 steps"
+    ):
         adapter.bind(adamw(adapter), total_steps=6)
     assert adapter.binding is None
     adapter.bind(adamw(adapter), total_steps=7)

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-import trimtab
 from torch import Tensor, nn
 
+import trimtab
 from zoo import ZOO
 
 
@@ -377,7 +377,7 @@ def test_autocast_gives_the_same_to_its_precision() -> None:
 
 
 def test_the_loss_falls_to_what_the_other_columns_hold() -> None:
-    """Whitened inputs, target W + D: what is left is Σ over the columns j not chosen of ‖D_j‖², divided by the width."""
+    """Whitened inputs, target W + D: what is left is Σ over the columns j not chosen of ‖D_j‖² / width."""
     torch.manual_seed(0)
     orthogonal = torch.linalg.qr(torch.randn(64, 16).double()).Q * 8.0  # (tokens, in), covariance 1
     model = nn.Sequential(nn.Linear(16, 5, bias=False).double(), nn.Identity())

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-import trimtab
 from torch import Tensor, nn
 
+import trimtab
 from test_selection_methods import Saved, on_meta
 from zoo import BATCH, HIDDEN, LENGTH, ZOO
 
@@ -221,7 +221,9 @@ def test_cached_generation_is_refused_and_uncached_works(name: str) -> None:
     entry, _ = trained(name)
     inputs = {key: entry.inputs[key] for key in ("input_ids", "attention_mask")}
     for cache in ("dynamic", "static"):
-        with pytest.raises(trimtab.AttachError, match=r"keeps no cache of its side states.*Generate with use_cache=False"):
+        with pytest.raises(
+            trimtab.AttachError, match=r"keeps no cache of its side states.*Generate with use_cache=False"
+        ):
             entry.model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, cache_implementation=cache)
     found = entry.model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, use_cache=False)
     assert found.shape == (BATCH, LENGTH + 3)
@@ -243,7 +245,9 @@ def test_eager_attention_is_an_error() -> None:
     entry = ZOO["bert"](0, 0.0)
     entry.model.set_attn_implementation("eager")
     trimtab.attach(entry.model, METHOD)
-    with pytest.raises(trimtab.AttachError, match=r"'bert\.encoder\.layer\.0' never called scaled_dot_product_attention"):
+    with pytest.raises(
+        trimtab.AttachError, match=r"'bert\.encoder\.layer\.0' never called scaled_dot_product_attention"
+    ):
         entry.output()
 
 
@@ -254,7 +258,9 @@ def test_what_cannot_have_a_ladder_is_refused() -> None:
         trimtab.attach(ZOO["mlp"](0, 0.0).model, METHOD)
     with pytest.raises(trimtab.TargetError, match="name no block; use 'block'"):
         trimtab.attach(ZOO["bert"](0, 0.0).model, trimtab.LadderSideTuning(targets="query"))
-    with pytest.raises(trimtab.SettingError, match=r"LadderSideTuning\(reduction=5\) does not divide the base's width 32"):
+    with pytest.raises(
+        trimtab.SettingError, match=r"LadderSideTuning\(reduction=5\) does not divide the base's width 32"
+    ):
         trimtab.attach(ZOO["bert"](0, 0.0).model, trimtab.LadderSideTuning(reduction=5))
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-import trimtab
 from torch import Tensor, nn
-from trimtab.kinds.tokens import AttentionCall
 
+import trimtab
+from trimtab.kinds.tokens import AttentionCall
 from zoo import BATCH, CLASSES, HEADS, HIDDEN, IGNORED_LABEL, LAYERS, LENGTH, VOCABULARY, ZOO, ZooModel
 
 PREFIX = trimtab.PrefixTuning(length=3, deviation=1.0)
@@ -67,7 +68,9 @@ def test_a_prefix_is_a_gated_parallel_adapter(mask: str, groups: int) -> None:
     prefix_key, prefix_value = torch.randn(2, length, groups * size).double()
 
     repeat = heads // groups
-    shaped = [t.view(length, groups, size).transpose(0, 1).repeat_interleave(repeat, 0) for t in (prefix_key, prefix_value)]
+    shaped = [
+        t.view(length, groups, size).transpose(0, 1).repeat_interleave(repeat, 0) for t in (prefix_key, prefix_value)
+    ]
     to_prefix = dense_scores(call, shaped[0], masked=False)
     to_tokens = dense_scores(call, key.repeat_interleave(repeat, 1), masked=True)
     mass = to_prefix.exp().sum(-1, keepdim=True)
@@ -183,7 +186,11 @@ def test_steps_by_hand_go_on_behind_the_prompt() -> None:
     ids, mask = entry.inputs["input_ids"][[0, 2]], torch.ones(2, LENGTH, dtype=torch.long)
     whole = entry.model(input_ids=ids, attention_mask=mask).logits[:, -1]
     first = entry.model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
-    for extra in ({}, {"attention_mask": mask}, {"attention_mask": mask, "position_ids": torch.full((2, 1), LENGTH - 1)}):
+    for extra in (
+        {},
+        {"attention_mask": mask},
+        {"attention_mask": mask, "position_ids": torch.full((2, 1), LENGTH - 1)},
+    ):
         cache = copy.deepcopy(first.past_key_values)
         step = entry.model(input_ids=ids[:, -1:], past_key_values=cache, **extra).logits
         torch.testing.assert_close(step[:, 0], whole, rtol=1e-4, atol=1e-5)
@@ -228,7 +235,9 @@ def test_attention_that_cannot_be_tapped_is_an_error() -> None:
 
 def test_torchs_own_attention_module_is_refused() -> None:
     entry = ZOO["torch_encoder"](0, 0.0)
-    with pytest.raises(trimtab.TargetError, match=r"'encoder\.layers\.0\.self_attn' is an nn\.MultiheadAttention, whose"):
+    with pytest.raises(
+        trimtab.TargetError, match=r"'encoder\.layers\.0\.self_attn' is an nn\.MultiheadAttention, whose"
+    ):
         trimtab.attach(entry.model, PREFIX)
 
 
@@ -328,6 +337,17 @@ def test_positions_move_with_the_prompt() -> None:
     assert not torch.allclose(entry.model(ids, position_ids=given + 1).logits, entry.model(ids).logits)
 
 
+def test_positions_given_to_a_padded_row_make_it_what_it_is_alone() -> None:
+    entry = ZOO["llama"](0, 0.0)
+    moved(trimtab.attach(entry.model, PROMPT))
+    ids, mask = entry.inputs["input_ids"], entry.inputs["attention_mask"]
+    kept = mask[1].bool()
+    alone = entry.model(input_ids=ids[1:2, kept]).logits[0]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    found = entry.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[1, kept]
+    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+
+
 def test_labels_of_a_decoder_are_its_own() -> None:
     """Labels as long as the encoder's input are no reason to pad them."""
     entry, shorter = ZOO["t5"](0, 0.0), ZOO["t5"](0, 0.0)
@@ -402,3 +422,59 @@ def test_counts() -> None:
     entry = ZOO["llama"](0, 0.0)
     assert trimtab.plan(entry.model, trimtab.PrefixTuning(length=7)).trainable == 2 * 7 * (HIDDEN // 2) * LAYERS
     assert trimtab.plan(entry.model, trimtab.PromptTuning(length=7)).trainable == 7 * HIDDEN
+
+
+# ---- the network that makes a prefix ----
+
+NETWORK = trimtab.PrefixTuning(length=3, hidden=16)
+
+
+def test_what_a_prefix_network_trains_and_what_it_leaves(tmp_path: Path) -> None:
+    entry = ZOO["bert"](0, 0.0)
+    adapter = trimtab.attach(entry.model, NETWORK)
+    inside, attentions = 3 * HIDDEN + (HIDDEN + 1) * 16, LAYERS
+    assert adapter.trainable_count == inside + attentions * 2 * (16 + 1) * HIDDEN
+    optimizer = torch.optim.Adam(adapter.parameter_groups(lr=0.01))
+    adapter.bind(optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        entry.loss().backward()
+        optimizer.step()
+    trained = entry.output().detach()
+    adapter.save(tmp_path / "finished")
+    adapter.save(tmp_path / "checkpoint", training=True)
+    adapter.detach()
+
+    finished = trimtab.load(entry.model, tmp_path / "finished")
+    assert finished.method == trimtab.PrefixTuning(length=3)
+    assert sum(parameter.numel() for parameter in finished.parameters()) == attentions * 2 * 3 * HIDDEN
+    torch.testing.assert_close(entry.output(), trained, rtol=1e-6, atol=1e-6)
+    finished.detach()
+
+    resumed = trimtab.load(entry.model, tmp_path / "checkpoint", trainable=True)
+    assert resumed.method == NETWORK
+    assert torch.equal(entry.output(), trained)
+
+
+def test_a_prefix_network_is_its_formula() -> None:
+    entry = ZOO["t5"](0, 0.0)
+    adapter = trimtab.attach(entry.model, NETWORK)
+    leaf = adapter.parts[0].leaves[-1]
+    inner = torch.tanh(leaf.shared("table") @ leaf.shared("inner_weight").t() + leaf.shared("inner_bias"))
+    key, value = NETWORK.prefix(leaf)
+    torch.testing.assert_close(key, inner @ leaf.key_weight.t() + leaf.key_bias)
+    torch.testing.assert_close(value, inner @ leaf.value_weight.t() + leaf.value_bias)
+    entry.loss().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in adapter.parameters())
+
+
+def test_a_composition_drops_the_network_of_its_prefix(tmp_path: Path) -> None:
+    entry = ZOO["bert"](0, 0.0)
+    adapter = trimtab.attach(entry.model, trimtab.Compose(NETWORK, trimtab.LoRA(rank=2)))
+    moved(adapter)
+    expected = entry.output().detach()
+    adapter.save(tmp_path)
+    adapter.detach()
+    loaded = trimtab.load(entry.model, tmp_path)
+    assert loaded.method == trimtab.Compose(trimtab.PrefixTuning(length=3), trimtab.LoRA(rank=2))
+    torch.testing.assert_close(entry.output(), expected, rtol=1e-5, atol=1e-6)

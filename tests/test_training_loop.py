@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from torch import Tensor
 
@@ -278,6 +279,30 @@ def test_a_checkpoint_cut_anywhere_leaves_the_old_one(
     assert fit(resumed, settings, output=tmp_path, resume=True).resumed_from in (2, 4)
     assert state_hash(resumed) == state_hash(whole)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+def test_the_newest_checkpoint_is_whole_at_every_moment(tmp_path: Path) -> None:
+    """Looks at the folder before and after each call that can change it: what a kill there would leave."""
+    changing = {"mkdir", "open", "write", "fsync", "replace", "rename", "unlink", "rmdir", "copyfile", "sendfile"}
+    looks: list[str] = []
+
+    def look(frame: Any, event: str, function: Any) -> None:
+        if event.startswith("c_") and function.__name__ in changing:
+            newest = newest_checkpoint(tmp_path)
+            if newest is not None:
+                read_adapter_file(newest)
+                with safetensors.safe_open(newest / STATE_NAME, framework="pt") as state:
+                    assert state.keys()
+            looks.append("none" if newest is None else newest.name)
+
+    sys.setprofile(look)
+    try:
+        fit(make_adapter(), replace(SETTINGS, steps=2, checkpoint_every=1), output=tmp_path)
+    finally:
+        sys.setprofile(None)
+    # In order, and each seen more than once: the old one stays until the new one is there.
+    assert [name for name, _ in itertools.groupby(looks)] == ["none", "step-00000001", "step-00000002"]
+    assert all(looks.count(name) > 5 for name in set(looks))
 
 
 def test_a_finished_run_resumes_to_its_own_result(tmp_path: Path) -> None:

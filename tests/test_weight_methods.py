@@ -419,7 +419,7 @@ def test_svfit_with_energy_saves_and_loads(tmp_path: Path) -> None:
 
 
 def test_svfit_refuses_a_rank_with_an_energy_and_energy_without_weights() -> None:
-    with pytest.raises(trimtab.SettingError, match="rank=4 or energy=0.9, not both; leave one out"):
+    with pytest.raises(trimtab.SettingError, match=r"rank=4 or energy=0\.9, not both; leave one out"):
         trimtab.plan(nn.Linear(4, 4), trimtab.SVFit(rank=4, energy=0.9, targets="*"))
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 4))
@@ -589,7 +589,9 @@ def test_adalora_gives_its_ranks_to_the_matrix_that_needs_them(seed: int) -> Non
         first, second = model(x)
         noise = 0.1 * torch.randn(32, 16)
         optimizer.zero_grad()
-        loss = (first - x @ target.t()).square().mean() + (second - x @ model.content.weight.t() - noise).square().mean()
+        loss = (first - x @ target.t()).square().mean() + (
+            second - x @ model.content.weight.t() - noise
+        ).square().mean()
         loss.backward()
         optimizer.step()
     ranks = [int((leaf.E != 0).sum()) for leaf in adapter.parts[0].leaves]

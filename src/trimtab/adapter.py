@@ -80,6 +80,18 @@ class Adapter:
         for part in self.parts:
             yield from part.tensors()
 
+    def file_tensors(self, training: bool) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) of what an adapter file holds; `training` adds schedule state and keeps helpers."""
+        for part in self.parts:
+            if training or part.method.exported() is part.method:
+                kinds = ("always", "training") if training else ("always",)
+                yield from ((name, tensor) for name, tensor, spec in part.tensors() if spec.stored in kinds)
+                continue
+            for site, leaf in zip(part.sites, part.leaves, strict=True):
+                with torch.no_grad():
+                    finished = part.method.export(leaf)
+                yield from ((f"{part.index}/{site}/{name}", tensor) for name, tensor in finished.items())
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (name, parameter) of what the adapter trains."""
         for name, tensor, spec in self.named_tensors():

@@ -12,7 +12,15 @@ from trimtab.contract.report import ContractReport, Invariant, outcome_of
 from trimtab.errors import SettingError, suggestion
 from trimtab.method import Method, check_settings
 
-__all__ = ["INVARIANTS", "Case", "ContractReport", "ContractViolation", "built_in_cases", "check_method", "run_contract"]
+__all__ = [
+    "INVARIANTS",
+    "Case",
+    "ContractReport",
+    "ContractViolation",
+    "built_in_cases",
+    "check_method",
+    "run_contract",
+]
 
 INVARIANTS: dict[str, Invariant] = {
     invariant.__name__: invariant

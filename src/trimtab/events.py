@@ -69,10 +69,10 @@ class Binding:
         assert value is not None
         gradients = torch.autograd.grad(value, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None and parameter.grad is not None:
+            if gradient is not None:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
                 parameter.grad.add_(gradient)  # in place: distributed training keeps views of it
-            elif gradient is not None:
-                parameter.grad = gradient
 
     def _check_reach(self, last: bool) -> None:
         """After the second step every tensor must have received a gradient, where its method says so."""

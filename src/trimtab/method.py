@@ -47,6 +47,7 @@ class Capabilities:
     routable: bool = True
     requires_binding: bool = False
     keeps_base: bool = True
+    checkpointing: bool = True
     base_mode: Literal["follow", "eval"] = "follow"
 
 
@@ -154,6 +155,14 @@ class Method(metaclass=_CheckedConstruction):
 
     def check_schedule(self, total_steps: int) -> None:
         """Check at binding that a schedule fits a run of that many optimizer steps; raises TrainingError."""
+
+    def exported(self) -> Method:
+        """Return the method that an adapter file names: itself, unless it drops what only helped training."""
+        return self
+
+    def export(self, leaf: Any) -> dict[str, Tensor]:
+        """Return a leaf's tensors as the exported method holds them; needed only where that is another method."""
+        raise NotImplementedError
 
     def before_step(self, part: Part) -> None:
         """Event: gradients are complete (unscaled) and the optimizer is about to step."""

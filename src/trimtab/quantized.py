@@ -34,6 +34,8 @@ def is_packed(module: nn.Module, parameter: str = "weight") -> bool:
     weight = module._parameters.get(parameter)
     if weight is None:
         return False
+    if type(weight) is nn.Parameter:  # plain numbers, told in a way that torch.compile can follow
+        return not weight.dtype.is_floating_point
     quantised = {"Params4bit", "Int8Params", "TorchAOBaseTensor"}
     tensor_names = {cls.__name__ for cls in type(weight.data).__mro__} | {cls.__name__ for cls in type(weight).__mro__}
     return bool(tensor_names & quantised) or not weight.dtype.is_floating_point

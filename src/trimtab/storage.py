@@ -39,11 +39,7 @@ def save_adapter(adapter: Adapter, path: str | Path, training: bool) -> Path:
     """
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / FILE_NAME
-    tensors = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor, spec in adapter.named_tensors()
-        if spec.stored == "always" or (training and spec.stored == "training")
-    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.file_tensors(training)}
     if not tensors:
         raise AdapterFileError(f"{file}: adapter {adapter.name!r} holds no tensors to save.")
     for name, tensor in tensors.items():
@@ -63,7 +59,7 @@ def _header(adapter: Adapter, tensors: dict[str, Tensor], training: bool) -> dic
     return {
         "format": FORMAT,
         "name": adapter.name,
-        "method": encode_method(adapter.method),
+        "method": encode_method(adapter.method if training else adapter.method.exported()),
         "items": [[str(item) for item in part.items] for part in adapter.parts],
         "seed": adapter.seed,
         "base_mode": adapter.base_mode,

@@ -182,7 +182,9 @@ def _in_blocks(structure: Structure, clause: str, items: list[Item], first: str,
     count = 1 + max((structure.block_index(block) or 0 for block in structure.blocks), default=-1)
     low, high = int(first or 0), int(last or count)
     if not 0 <= low < high <= count:
-        raise TargetError(f"target {clause!r}: the model has the blocks 0 to {count - 1}; asked for {low} to {high - 1}.")
+        raise TargetError(
+            f"target {clause!r}: the model has the blocks 0 to {count - 1}; asked for {low} to {high - 1}."
+        )
     kept = [i for i in items if (index := structure.block_index(i.path)) is not None and low <= index < high]
     if not kept:
         raise TargetError(f"target {clause!r}: nothing of it lies in the blocks {low} to {high - 1}.")

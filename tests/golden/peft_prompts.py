@@ -9,9 +9,9 @@ from typing import Any
 
 import peft
 import torch
-import trimtab
 from torch import Tensor, nn
 
+import trimtab
 from zoo import BATCH, LENGTH, ZOO
 
 VIRTUAL_TOKENS = 3

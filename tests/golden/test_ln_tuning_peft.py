@@ -7,8 +7,8 @@ import copy
 import peft
 import pytest
 import torch
-import trimtab
 
+import trimtab
 from zoo import ZOO
 
 NORMS = {"bert": r".*LayerNorm", "llama": r".*norm", "gpt2": r".*ln_\w+", "t5": r".*layer_norm"}

@@ -158,7 +158,9 @@ def test_stacked_experts_train_as_in_peft() -> None:
         pair.copy()
     assert adapter.trainable_count == trainable_count(wrapped) > 0
     losses = [zoo.loss(), zoo.loss(wrapped)]
-    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-5)  # float32: torch's grouped products know no more
+    torch.testing.assert_close(
+        losses[0], losses[1], rtol=0, atol=1e-5
+    )  # float32: torch's grouped products know no more
     for loss in losses:
         loss.backward()
     for pair in pairs:

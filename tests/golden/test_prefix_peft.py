@@ -5,9 +5,9 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-import trimtab
 from torch import Tensor, nn
 
+import trimtab
 from golden.peft_prompts import (
     MOVED_POSITIONS,
     TASKS,

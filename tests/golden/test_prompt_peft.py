@@ -5,9 +5,9 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-import trimtab
 from torch import Tensor
 
+import trimtab
 from golden.peft_prompts import TASKS, VIRTUAL_TOKENS, Pair, largest_difference, make_pair, train
 from zoo import VOCABULARY
 

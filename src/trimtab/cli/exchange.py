@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +12,9 @@ from trimtab.cli.console import show, show_json
 from trimtab.cli.merge import load_base
 from trimtab.cli.plan import MODEL_HELP
 from trimtab.errors import AdapterFileError
-from trimtab.report import bytes_text
 from trimtab.storage import FILE_NAME, load, read_adapter_file
 from trimtab.training.merged import check_output
+from trimtab.training.model_sources import resolve_model
 from trimtab.training.run_settings import method_text
 
 
@@ -21,6 +22,7 @@ def export_adapter(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     file: Annotated[Path, typer.Argument(help="An adapter file, or the folder that holds one.")],
     folder: Annotated[Path, typer.Argument(help="A new folder for the exported adapter.")],
+    rank: Annotated[int | None, typer.Option(help="Reduce every change to this rank. Default: its own.")] = None,
     accept_other_base: Annotated[
         bool, typer.Option("--accept-other-base", help="Use another base on purpose.")
     ] = False,
@@ -33,12 +35,11 @@ def export_adapter(
     check_output(folder)
     base, _ = load_base(model, file)
     adapter = load(base, file, accept_other_base=accept_other_base)
-    export_lora(adapter, folder)
-    size = sum(entry.stat().st_size for entry in folder.iterdir())
+    receipt = export_lora(adapter, folder, base_model_name=resolve_model(model).location, rank=rank)
     if json:
-        show_json({"folder": str(folder), "size": size, "method": method_text(adapter.method)})
+        show_json({"method": method_text(adapter.method)} | dataclasses.asdict(receipt) | {"folder": str(folder)})
         return
-    show(f"exported {method_text(adapter.method)}: {folder}, {bytes_text(size)}")
+    show(str(receipt), f"\nUse it:\n  peft.PeftModel.from_pretrained(base, {str(folder)!r})")
 
 
 def import_adapter(

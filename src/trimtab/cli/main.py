@@ -13,6 +13,7 @@ import torch
 import typer
 
 from trimtab.cli.console import note, show_error
+from trimtab.cli.demo import demo
 from trimtab.cli.exchange import export_adapter, import_adapter
 from trimtab.cli.inspect import inspect
 from trimtab.cli.merge import merge
@@ -36,6 +37,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(demo)
 app.command()(methods)
 app.command()(plan)
 app.command()(train)

@@ -125,8 +125,8 @@ def trained(case: Case, method: Method, name: str = "default", seed: int = 0, st
 def gradients(adapter: Adapter, loss: Tensor) -> dict[str, Tensor]:
     """Return the gradients of the adapter's parameters by name; zero where none arrives."""
     named = [(name, parameter) for name, parameter in adapter.named_parameters() if parameter.requires_grad]
-    found = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
-    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named, found, strict=True)}
+    found = torch.autograd.grad(loss, [parameter for _, parameter in named], materialize_grads=True, allow_unused=True)
+    return {name: gradient for (name, _), gradient in zip(named, found, strict=True)}
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -159,29 +159,29 @@ def expect_near_gradients(what: str, found: dict[str, Tensor], expected: dict[st
         scale = max(float(gradient.abs().max()), 1e-3 * largest, 1e-12)
         apart = float((found[name].double() - gradient.double()).abs().max()) / scale
         if not apart <= tolerance:
-            raise ContractViolation(f"{what}: gradient of {name!r} differs by {apart:.2g}, at most {tolerance:.0e} allowed")
+            raise ContractViolation(
+                f"{what}: gradient of {name!r} differs by {apart:.2g}, at most {tolerance:.0e} allowed"
+            )
 
 
 def capabilities_of(method: Method) -> Capabilities:
     """Return what a method promises; a composition of several promises what its weakest part does."""
-    parts = [part.capabilities for part in method.parts()]
+    parts = [part.promises() for part in method.parts()]
     first = parts[0]
     if len(parts) == 1:
         return first
     order = ("exact", "approximate", "no", "none")
-    every = {
-        name: all(getattr(part, name) for part in parts)
-        for name in ("linear_in_parameters", "additive", "causal_safe", "cached_generation", "quantized_base",
-                     "per_sample_gradients", "routable", "keeps_base")
-    }  # fmt: skip
-    some = {n: any(getattr(p, n) for p in parts) for n in ("input_dependent", "creates_bias", "requires_binding")}
+    all_of = ("linear_in_parameters", "additive", "causal_safe", "cached_generation", "quantized_base", "routable",
+              "per_sample_gradients", "keeps_base", "checkpointing")  # fmt: skip
+    any_of = ("input_dependent", "creates_bias", "requires_binding")
+    combined: dict[str, Any] = {name: all(getattr(part, name) for part in parts) for name in all_of}
+    combined |= {name: any(getattr(part, name) for part in parts) for name in any_of}
     return dataclasses.replace(
         first,
         starts_at_base=max((part.starts_at_base for part in parts), key=order.index),
         merge=max((part.merge for part in parts), key=order.index),
         merge_reason="; ".join(part.merge_reason for part in parts if part.merge_reason),
-        **every,
-        **some,
+        **combined,
     )
 
 

@@ -121,6 +121,9 @@ def _checkpoints(method: Method, case: Case, reentrant: bool) -> None:
     expected = gradients(adapter, objective(plain))
     for module in _checkpointed_modules(adapter.model):
         module.forward = _Checkpointed(module.forward, reentrant)  # type: ignore[method-assign]
+    if not capabilities_of(method).checkpointing:
+        _expect_checkpointing_refused(case, adapter)
+        return
     output = case.forward(adapter.model)
     expect_near("output with checkpointing", output.detach(), plain.detach())
     objective(output).backward()  # type: ignore[no-untyped-call]
@@ -128,13 +131,23 @@ def _checkpoints(method: Method, case: Case, reentrant: bool) -> None:
     expect_near_gradients("with checkpointing", found, expected, 1e-4)
 
 
+def _expect_checkpointing_refused(case: Case, adapter: Adapter) -> None:
+    try:
+        objective(case.forward(adapter.model)).backward()  # type: ignore[no-untyped-call]
+    except TrimtabError as error:
+        if "checkpointing" not in str(error):
+            raise ContractViolation(f"the refusal of checkpointing does not say so: {error}") from error
+        return
+    raise ContractViolation("checkpointing=False, but a checkpointed step went through")
+
+
 def checkpoints(method: Method, case: Case) -> None:
-    """Activation checkpointing without reentry gives the same output and gradients."""
+    """Activation checkpointing without reentry gives the same output and gradients, or is refused as declared."""
     _checkpoints(method, case, reentrant=False)
 
 
 def checkpoints_reentrantly(method: Method, case: Case) -> None:
-    """Reentrant activation checkpointing gives the same output and gradients."""
+    """Reentrant activation checkpointing gives the same output and gradients, or is refused as declared."""
     _checkpoints(method, case, reentrant=True)
 
 
@@ -165,7 +178,7 @@ def _compiled(case: Case, model: nn.Module) -> Tensor:
 def _compiles_alone(case: Case) -> bool:
     try:
         objective(_compiled(case, case.build())).backward()  # type: ignore[no-untyped-call]
-    except Exception:
+    except Exception:  # noqa: BLE001 - whatever stops the model alone is no fault of the method
         return False
     return True
 
@@ -183,10 +196,9 @@ def looks_back_only(method: Method, case: Case) -> None:
     if difference(before[:, -1], after[:, -1]) <= ROUNDING:
         raise ContractViolation("another last token leaves the last output as it was")
     leak = difference(after[:, :-1], before[:, :-1])
-    if (leak <= ROUNDING) != capabilities_of(method).causal_safe:
-        raise ContractViolation(
-            f"causal_safe={capabilities_of(method).causal_safe}, but another last token changes earlier outputs by {leak:.2g}"
-        )
+    declared = capabilities_of(method).causal_safe
+    if (leak <= ROUNDING) != declared:
+        raise ContractViolation(f"causal_safe={declared}, but another last token changes earlier outputs by {leak:.2g}")
 
 
 def generates_from_a_cache(method: Method, case: Case) -> None:
@@ -195,7 +207,9 @@ def generates_from_a_cache(method: Method, case: Case) -> None:
         raise NotApplicable("the model does not generate")
     adapter = trained(case, method)
     if capabilities_of(method).cached_generation:
-        expect_same("tokens decoded with a cache", case.generate(adapter.model, True), case.generate(adapter.model, False))
+        expect_same(
+            "tokens decoded with a cache", case.generate(adapter.model, True), case.generate(adapter.model, False)
+        )
         return
     try:
         case.generate(adapter.model, True)

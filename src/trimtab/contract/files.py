@@ -63,17 +63,8 @@ def file_is_small(method: Method, case: Case) -> None:
     if size > 1.1 * needed + allowance:
         raise ContractViolation(f"the file has {size} bytes; 1.1 × {needed} and {allowance} for the header are allowed")
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() and tensor.dtype is not _narrowest(tensor):
-            raise ContractViolation(f"{name!r} is stored as {tensor.dtype}; {_narrowest(tensor)} holds its numbers")
-
-
-def _narrowest(tensor: Tensor) -> torch.dtype:
-    """The narrowest integer type for a tensor's numbers; safetensors has no narrower one for truth values."""
-    if tensor.dtype is torch.bool or not tensor.numel():
-        return tensor.dtype
-    low, high = int(tensor.min()), int(tensor.max())
-    kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-    return next(kind for kind in kinds if torch.iinfo(kind).min <= low and high <= torch.iinfo(kind).max)
+        if tensor.dtype is torch.int64 and tensor.numel() and int(tensor.abs().max()) <= torch.iinfo(torch.int32).max:
+            raise ContractViolation(f"{name!r} is stored as int64, although its numbers fit into 32 bits or fewer")
 
 
 def refuses_damaged_files(method: Method, case: Case) -> None:

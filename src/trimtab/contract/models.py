@@ -52,7 +52,7 @@ class GroupedAttention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        size = WIDTH // HEADS
+        size = self.head_dim = WIDTH // HEADS
         self.q_proj = nn.Linear(WIDTH, WIDTH)
         self.k_proj = nn.Linear(WIDTH, KEY_HEADS * size)
         self.v_proj = nn.Linear(WIDTH, KEY_HEADS * size)
@@ -61,7 +61,7 @@ class GroupedAttention(nn.Module):
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         heads = (HEADS, KEY_HEADS, KEY_HEADS)
         query, key, value = (
-            layer(hidden).unflatten(2, (count, -1)).transpose(1, 2)  # (batch, heads, positions, size)
+            layer(hidden).view(*hidden.shape[:2], count, -1).transpose(1, 2)  # (batch, heads, positions, size)
             for layer, count in zip((self.q_proj, self.k_proj, self.v_proj), heads, strict=True)
         )
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)

@@ -9,6 +9,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from trimtab.adapter import Adapter
-from trimtab.attach import attach
+from trimtab.attach import adapters
 from trimtab.contract.case import (
     Case,
-    attached,
     expect_near,
     expect_near_gradients,
     expect_same,
@@ -32,13 +34,11 @@ from trimtab.contract.case import (
     trained,
 )
 from trimtab.contract.report import Outcome, outcome_of
-from trimtab.errors import AttachError
 from trimtab.method import Method
 from trimtab.storage import load
 from trimtab.structure import Structure
 
 Job = tuple[Method, Case]
-Check = Callable[[Method, Case, Path], None]
 WORLD = 2
 
 
@@ -49,7 +49,7 @@ def loads_in_a_new_process(jobs: Sequence[Job]) -> list[Outcome]:
         outcomes: list[Outcome] = []
         for number, (method, case) in enumerate(jobs):
             place = Path(folder) / str(number)
-            outcome = outcome_of(lambda m, c, place=place: _save(m, c, place), method, case, "loads_in_a_new_process")
+            outcome = outcome_of(partial(_save, place), method, case, "loads_in_a_new_process")
             if outcome.result == "held":
                 ready.append(((method, case), place))
             else:
@@ -57,7 +57,7 @@ def loads_in_a_new_process(jobs: Sequence[Job]) -> list[Outcome]:
         return outcomes + _run(_load_all, Path(folder), ready, 1)
 
 
-def _save(method: Method, case: Case, place: Path) -> None:
+def _save(place: Path, method: Method, case: Case) -> None:
     adapter = trained(case, method)
     adapter.save(place)
     safetensors.torch.save_file({"output": case.output(adapter.model).contiguous()}, place / "expected.safetensors")
@@ -65,16 +65,15 @@ def _save(method: Method, case: Case, place: Path) -> None:
 
 def _load_all(rank: int, folder: Path, work: list[tuple[Job, Path]]) -> None:
     torch.set_num_threads(1)
-    outcomes = [outcome_of(_loads(place), method, case, "loads_in_a_new_process") for (method, case), place in work]
+    outcomes = [
+        outcome_of(partial(_loads, place), method, case, "loads_in_a_new_process") for (method, case), place in work
+    ]
     _write(folder, outcomes)
 
 
-def _loads(place: Path) -> Callable[[Method, Case], None]:
-    def check(method: Method, case: Case) -> None:
-        expected = safetensors.torch.load_file(place / "expected.safetensors")["output"]
-        expect_same("the output in a new process", case.output(load(case.build(), place).model), expected)
-
-    return check
+def _loads(place: Path, method: Method, case: Case) -> None:
+    expected = safetensors.torch.load_file(place / "expected.safetensors")["output"]
+    expect_same("the output in a new process", case.output(load(case.build(), place).model), expected)
 
 
 def trains_distributed(jobs: Sequence[Job]) -> list[Outcome]:
@@ -119,53 +118,35 @@ def _trains_with_ddp(method: Method, case: Case) -> None:
     expected = {name: (rows[0][name] + rows[1][name]) / WORLD for name in rows[0]}
     parallel = nn.parallel.DistributedDataParallel(adapter.model, find_unused_parameters=True)
     objective(case.forward(parallel, _row(case, dist.get_rank()))).backward()  # type: ignore[no-untyped-call]
-    found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in adapter.named_parameters()}
-    expect_near_gradients("with DDP", found, expected, 1e-4)
-    _expect_refused(parallel, method, case)
+    expect_near_gradients("with DistributedDataParallel", _stored_gradients(adapter), expected, 1e-4)
 
 
 def _trains_with_fsdp2(method: Method, case: Case) -> None:
-    """Attached and then sharded, loss and gradients are those of the whole model; sharded first, attaching stops."""
-    from torch.distributed.fsdp import fully_shard
-
+    """Attached and then sharded, output and gradients are those of the whole model."""
     adapter = trained(case, method)
-    whole: Adapter = adapter
     twin = copy.deepcopy(adapter.model)
-    plain = case.forward(whole.model)
-    expected = gradients(whole, objective(plain))
-    mesh = init_device_mesh("cpu", (WORLD,))
-    _shard(twin, mesh, fully_shard)
+    plain = case.forward(adapter.model)
+    expected = gradients(adapter, objective(plain))
+    shard(twin)
     output = case.forward(twin)
     expect_near("the output when sharded", output.detach(), plain.detach())
     objective(output).backward()  # type: ignore[no-untyped-call]
-    from trimtab.attach import adapters
-
-    found = {
-        name: torch.zeros(parameter.shape) if parameter.grad is None else _whole(parameter.grad)
-        for name, parameter in adapters(twin)[adapter.name].named_parameters()
-    }
-    expect_near_gradients("with fully_shard", found, expected, 1e-4)
-    base = case.build()
-    _shard(base, mesh, fully_shard)
-    _expect_refused(base, method, case)
+    expect_near_gradients("with fully_shard", _stored_gradients(adapters(twin)[adapter.name]), expected, 1e-4)
 
 
-def _shard(model: nn.Module, mesh: Any, fully_shard: Callable[..., Any]) -> None:
+def shard(model: nn.Module) -> None:
+    """Shard every block, and the model, over the processes of the default group."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     structure = Structure(model)
     for path in structure.blocks:
         fully_shard(structure.modules[path], mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
-def _whole(gradient: Any) -> Tensor:
-    return gradient.full_tensor()  # type: ignore[no-any-return]
-
-
-def _expect_refused(model: nn.Module, method: Method, case: Case) -> None:
-    try:
-        attach(model, case.method(method), name="late")
-    except AttachError as error:
-        if "already distributed" in str(error):
-            return
-        raise
-    raise AssertionError("attached to a model that is distributed already")
+def _stored_gradients(adapter: Adapter) -> dict[str, Tensor]:
+    """The whole gradient of every parameter, zero where none has arrived."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in adapter.named_parameters():
+        gradient: Any = torch.zeros(parameter.shape) if parameter.grad is None else parameter.grad
+        found[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+    return found

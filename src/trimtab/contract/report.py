@@ -26,7 +26,9 @@ class Outcome:
     detail: str = ""
 
     def __str__(self) -> str:
-        return f"{self.method} on {self.case!r}, {self.invariant}: {self.result}" + (f": {self.detail}" if self.detail else "")
+        return f"{self.method} on {self.case!r}, {self.invariant}: {self.result}" + (
+            f": {self.detail}" if self.detail else ""
+        )
 
 
 def outcome_of(check: Invariant, method: Method, case: Case, name: str) -> Outcome:

@@ -37,16 +37,16 @@ def starts_as_declared(method: Method, case: Case) -> None:
     declared = capabilities_of(method).starts_at_base
     base = case.output(case.build())
     apart = difference(case.output(attached(case, method).model), base)
-    right = {"exact": apart <= ROUNDING, "approximate": ROUNDING < apart <= APPROXIMATE, "no": apart > ROUNDING}
+    right = {"exact": apart <= ROUNDING, "approximate": 0.0 < apart <= APPROXIMATE, "no": apart > ROUNDING}
     if not right[declared]:
         raise ContractViolation(
             f"starts_at_base={declared!r}, but the first output is {apart:.2g} of the largest base output away from it "
-            f"(exact: at most {ROUNDING:.0e}, approximate: at most {APPROXIMATE}, no: more than {ROUNDING:.0e})"
+            f"(exact: at most {ROUNDING:.0e}, approximate: above 0, at most {APPROXIMATE}, no: above {ROUNDING:.0e})"
         )
 
 
 def start_depends_on_seed_alone(method: Method, case: Case) -> None:
-    """The same seed gives the same bits whatever was drawn before, and attaching draws nothing from torch's generator."""
+    """The same seed gives the same bits whatever was drawn before; attaching draws nothing from torch's generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         first = attached(case, method, seed=7)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from trimtab.adapter import Adapter
 from trimtab.attach import attach
 from trimtab.contract.case import (
-    ROUNDING,
     Case,
     ContractViolation,
     NotApplicable,
@@ -39,7 +38,8 @@ from trimtab.method import Method
 
 MERGED = 1e-4
 """An exact merge is off by at most this share of the largest output: the weights are rounded once to float32."""
-LINEAR = 1e-5
+LINEAR = 0.01
+"""The weights of a mean are the mean of the weights if they are this near, as a share of the weights' distance."""
 
 
 def doubled(build: Callable[[], nn.Module]) -> nn.Module:
@@ -65,14 +65,12 @@ def effective_parameters(adapter: Adapter) -> dict[tuple[str, str], Tensor]:
             places = _holders(adapter.model, stored) if site.whole else [(site.path, site.parameter)]
             bias = leaf.bias() if site.called else None
             new_bias = leaf.method.bias(leaf, bias) if site.called else None
+            values = dict.fromkeys(places, value)
             if new_bias is not None and new_bias is not bias:
-                places_of_bias = {(site.path, "bias"): new_bias}
-            else:
-                places_of_bias = {}
-            for place, tensor in (*((place, value) for place in places), *places_of_bias.items()):
-                if place in changed:
-                    raise NotApplicable("two parts change one weight")
-                changed[place] = tensor
+                values[site.path, "bias"] = new_bias
+            if changed.keys() & values.keys():
+                raise NotApplicable("two parts change one weight")
+            changed |= values
     return changed
 
 
@@ -201,12 +199,12 @@ def averages_as_declared(method: Method, case: Case) -> None:
             if not spec.trainable and not torch.equal(first, second):
                 raise NotApplicable(f"the frozen {name!r} differs between adapters")
             target.copy_((first + second) / 2 if spec.trainable else first)
+        means = {place: (weights[0][place] + weights[1][place]) / 2 for place in weights[0]}
         apart = max(
-            difference(value - mean, _spread(weights[0][place], weights[1][place])) if not torch.equal(value, mean) else 0.0
+            float((value - means[place]).abs().max()) / _distance(weights[0][place], weights[1][place])
             for place, value in effective_parameters(middle).items()
-            for mean in [(weights[0][place] + weights[1][place]) / 2]
         )
-    linear = apart <= 1e-3
+    linear = apart <= LINEAR
     if linear != declared.linear_in_parameters:
         raise ContractViolation(
             f"linear_in_parameters={declared.linear_in_parameters}, but the weights of the mean differ from the mean "
@@ -214,6 +212,6 @@ def averages_as_declared(method: Method, case: Case) -> None:
         )
 
 
-def _spread(first: Tensor, second: Tensor) -> Tensor:
-    """Distance of two weights in every entry, not below rounding."""
-    return (first - second).abs() + ROUNDING * first.abs().max() + LINEAR
+def _distance(first: Tensor, second: Tensor) -> float:
+    """Largest difference of two weights, not below a hundred times their rounding."""
+    return max(float((first - second).abs().max()), 100 * torch.finfo(first.dtype).eps * float(first.abs().max()))

@@ -77,10 +77,9 @@ class PromptLeaf(Leaf):
                 f"encoder_outputs hold it cannot be told. Pass input_ids, or call generate."
             )
         extended = self.extended(inputs)
-        given = extended.get("inputs_embeds") if extended.get("input_ids") is None else None
-        output = self._embedded(call, extended) if given is None else call(**extended)
-        total = int((extended["input_ids"] if given is None else given).shape[1])
-        return output if self.site.encoder_decoder else _without_prompt(output, self.length, total)
+        by_ids = extended.get("inputs_embeds") is None
+        output = self._embedded(call, extended) if by_ids else call(**extended)
+        return output if self.site.encoder_decoder else _without_prompt(output, self.length, self._count(extended))
 
     def _embedded(self, call: Call, inputs: dict[str, Any]) -> Any:
         """Call while the embedding puts the prompt into its places."""
@@ -115,7 +114,7 @@ class PromptLeaf(Leaf):
             changed["input_ids"] = F.pad(ids, (self.length, 0), value=self.site.placeholder)
         else:
             raise AttachError("a prompt needs input_ids or inputs_embeds, by name or as the first argument.")
-        count = int((ids if embeddings is None else embeddings).shape[1])
+        count = self._count(inputs)
         mask = inputs.get("attention_mask")
         if mask is not None and mask.dim() != 2:
             raise AttachError(f"a prompt needs an attention_mask of shape (batch, tokens), found {tuple(mask.shape)}.")
@@ -129,6 +128,10 @@ class PromptLeaf(Leaf):
         if inputs.get("position_ids") is not None:
             changed["position_ids"] = self._positions(inputs["position_ids"])
         return changed
+
+    def _count(self, inputs: dict[str, Any]) -> int:
+        given: Tensor = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        return int(given.shape[1])
 
     def _padded(self, inputs: dict[str, Any], name: str, value: int, count: int) -> dict[str, Tensor]:
         """Return the named input with `value` at the prompt's places, where it has one whole number for each token."""
@@ -145,8 +148,7 @@ class PromptLeaf(Leaf):
     def _continued(self, inputs: dict[str, Any], past: int) -> dict[str, Any]:
         """Return the inputs of a step whose cache holds the prompt: masks and positions that do not count it, grow."""
         changed, mask = dict(inputs), inputs.get("attention_mask")
-        ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-        if mask is not None and mask.shape[-1] + self.length == past + ids.shape[1]:
+        if mask is not None and mask.shape[-1] + self.length == past + self._count(inputs):
             changed["attention_mask"] = F.pad(mask, (self.length, 0), value=1)
         if inputs.get("position_ids") is not None:
             changed["position_ids"] = inputs["position_ids"] + self.length

@@ -100,14 +100,16 @@ class BlockLeaf(Leaf):
         if not isinstance(hidden, Tensor) or hidden.shape[-1] != self.site.features:
             found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
             raise AttachError(
-                f"block {path!r} returned {found}; {method} needs a hidden state whose last axis is {self.site.features}."
+                f"block {path!r} returned {found}; {method} needs a hidden state whose last axis is "
+                f"{self.site.features}."
             )
         if self.site.attends and not seen:
             raise untapped(path, self.method)
-        if seen and seen[0].key.shape[-2] != seen[0].query.shape[-2]:
+        queries, keys = (seen[0].query.shape[-2], seen[0].key.shape[-2]) if seen else (0, 0)
+        if queries != keys:
             raise AttachError(
-                f"{method} keeps no cache of its side states, but block {path!r} attends from {seen[0].query.shape[-2]} "
-                f"to {seen[0].key.shape[-2]} positions. Generate with use_cache=False."
+                f"{method} keeps no cache of its side states, but block {path!r} attends from {queries} to {keys} "
+                f"positions. Generate with use_cache=False."
             )
 
     def forward(

@@ -135,7 +135,8 @@ def attention_site(structure: Structure, part: Attention) -> AttentionSite:
         assert features is not None
         return AttentionSite(part.path, features[1] // 3, features[1] // 3)
     key, value = (linear_features(structure.modules[p]) for p in (part.key, part.value) if p is not None)
-    assert key is not None and value is not None
+    assert key is not None
+    assert value is not None
     return AttentionSite(part.path, key[1], value[1])
 
 

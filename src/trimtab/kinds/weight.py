@@ -39,7 +39,11 @@ class ParameterSite:
     @property
     def key(self) -> str:
         """The name that distinguishes this site's leaf on its target."""
-        return "" if self.called else "_" + str(self).removeprefix(self.owner).strip(".:").replace(".", "_").replace(":", "_")
+        return (
+            ""
+            if self.called
+            else "_" + str(self).removeprefix(self.owner).strip(".:").replace(".", "_").replace(":", "_")
+        )
 
     @property
     def in_features(self) -> int:
@@ -140,8 +144,9 @@ class CallLeaf(WeightLeaf):
         super().__init__(method, site, state, root, target)
         plain = base_class(target).forward is nn.Linear.forward and not is_packed(target)
         assert isinstance(method, WeightMethod)
-        by_factors = type(method).forward is WeightMethod.forward and self.method.has_factors
-        self.fusible = plain and (by_factors or type(method).fused is not WeightMethod.fused)
+        given, base = type(method), WeightMethod
+        by_factors = method.has_factors and given.factors is not base.factors and given.forward is base.forward
+        self.fusible = plain and (by_factors or given.fused is not base.fused)
 
     def around(self, call: Call, *args: Any, **kwargs: Any) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))

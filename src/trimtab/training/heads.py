@@ -12,6 +12,8 @@ from trimtab.method import Method, find_method
 from trimtab.methods.composition.compose import Compose
 from trimtab.methods.selection.full_tuning import FullTuning
 
+HEAD_LR_SCALE = 10.0  # a fresh head has all to learn: at the rate of what is pretrained it stays behind
+
 
 def with_fresh_head(model: nn.Module, method: Method, fresh: Sequence[str]) -> Method:
     """Return `method` with full tuning of the `fresh` parameters (dotted names) that it does not train whole itself."""
@@ -22,7 +24,7 @@ def with_fresh_head(model: nn.Module, method: Method, fresh: Sequence[str]) -> M
         if row.trainable == numbers.get(row.site) and issubclass(find_method(row.method), SelectionMethod)
     }
     rest = tuple(place for place in numbers if place not in trained)
-    return Compose(method, FullTuning(targets=rest)) if rest else method
+    return Compose(method, FullTuning(targets=rest, lr_scale=HEAD_LR_SCALE)) if rest else method
 
 
 def default_learning_rate(method: Method) -> float:

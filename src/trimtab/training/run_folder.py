@@ -123,4 +123,5 @@ def _to_dict(record: RunRecord) -> dict[str, Any]:
 def _flat(record: RunRecord) -> dict[str, Any]:
     values = _to_dict(record)
     settings: dict[str, Any] = values["settings"]
-    return settings | settings["loop"] | {"loop": None, "task": values["task"], "rows": values["rows"]}
+    loop: dict[str, Any] = settings["loop"]
+    return settings | loop | {"loop": None, "task": values["task"], "rows": values["rows"]}

@@ -26,6 +26,9 @@ class Compose(Method):
     def parts(self) -> tuple[Method, ...]:
         return tuple(part for method in self.methods for part in method.parts())
 
+    def exported(self) -> Method:
+        return Compose(*(method.exported() for method in self.methods))
+
     def validate(self) -> None:
         if not self.methods:
             raise SettingError("Compose() needs at least one method.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -46,6 +45,7 @@ class LadderSideTuning(StackMethod):
         additive=False,
         cached_generation=False,
         routable=False,
+        checkpointing=False,
     )
 
     def tensors(self, site: BlockSite) -> dict[str, Spec]:
@@ -89,9 +89,7 @@ class LadderSideTuning(StackMethod):
         batch, positions, width = state.shape
         split = F.linear(state, leaf.projections).view(batch, positions, 3, heads, width // heads)
         query, key, value = split.permute(2, 0, 3, 1, 4)  # each (B, heads, positions, w / heads)
-        call = dataclasses.replace(
-            base, query=query, key=key, value=value, attn_mask=_mask(base, query), dropout_p=0.0, scale=None, enable_gqa=False
-        )  # fmt: skip
+        call = AttentionCall(query, key, value, _mask(base, query), is_causal=base.is_causal)
         return F.linear(call.run().transpose(1, 2).reshape(state.shape), leaf.output)
 
 

@@ -19,9 +19,11 @@ class PromptTuning(PromptMethod):
     """The Power of Scale for Parameter-Efficient Prompt Tuning. Lester et al. 2021, arXiv 2104.08691.
 
     A prompt P (l, d) stands in front of the input embeddings; mask and labels grow with it, outputs for single tokens
-    come without it. The paper uses l = 100 and a learning rate of 0.3 with Adafactor. Initial: rows of the embedding
-    table drawn at random ("vocabulary", the paper's better choice), U(−0.5, 0.5) ("uniform"; the published code draws
-    from [0, 0.5)), or N(0, 1) ("normal", huggingface/peft's RANDOM). Trainable: l·d.
+    come without it. In a row padded on the left it stands in front of the padding, as in huggingface/peft, and so far
+    from the tokens: pad a decoder's training batch on the right, or pass position_ids (generate makes its own).
+    The paper uses l = 100 and a learning rate of 0.3 with Adafactor. Initial: rows of the embedding table drawn at
+    random ("vocabulary", the paper's better choice), U(−0.5, 0.5) ("uniform"; the published code draws from [0, 0.5)),
+    or N(0, 1) ("normal", huggingface/peft's RANDOM). Trainable: l·d.
     """
 
     length: int = setting(20, "number of virtual tokens", minimum=1)

@@ -91,7 +91,8 @@ class _WithColumns(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, change: Tensor, index: Tensor, scale: float
+        ctx: Any, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor | None,
+        change: Tensor, index: Tensor, scale: float,
     ) -> Tensor:  # fmt: skip
         selected = x.index_select(-1, index.long()).view(-1, index.numel())  # (tokens, r)
         output = F.linear(x, weight, bias) if y is None else y.clone(memory_format=torch.contiguous_format)
@@ -113,4 +114,5 @@ class _WithColumns(torch.autograd.Function):
             grad_x = grad_x.view(ctx.shape)
         grad_change = torch.mm(wide.t(), selected.to(change.dtype)).mul_(ctx.scale) if needs[4] else None
         grad_weight = torch.mm(rows.t(), whole.reshape(len(rows), -1)) if needs[2] else None
-        return grad_x, grad if needs[1] else None, grad_weight, rows.sum(0) if needs[3] else None, grad_change, None, None
+        grad_bias = rows.sum(0) if needs[3] else None
+        return grad_x, grad if needs[1] else None, grad_weight, grad_bias, grad_change, None, None

@@ -1,0 +1,104 @@
+"""ΔW of a module as two factors of a given rank: stacked and padded where methods give factors, else by SVD."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trimtab.errors import SettingError
+from trimtab.kinds.weight import WeightLeaf, WeightMethod
+
+
+@dataclass(frozen=True)
+class WrittenFactors:
+    """One module's factors: down (*lead, r, in), up (*lead, out, r); squared norms of what they miss and of ΔW."""
+
+    down: Tensor
+    up: Tensor
+    missed: float
+    norm: float
+
+    @property
+    def error(self) -> float:
+        """‖up·down − ΔW‖ / ‖ΔW‖."""
+        return math.sqrt(self.missed / self.norm) if self.norm else 0.0
+
+
+def common_rank(leaves_at: Mapping[str, Sequence[WeightLeaf]], rank: int | None) -> int:
+    """Return the one rank of all modules: the given one, or the largest rank of their factors. Raises SettingError."""
+    if rank is not None and rank < 1:
+        raise SettingError(f"export_lora(rank={rank}): must be at least 1.")
+    needed = 1
+    for path, leaves in leaves_at.items():
+        factors = [scaled_factors(leaf) for leaf in leaves]
+        absent = [type(leaf.method).__name__ for leaf, pair in zip(leaves, factors, strict=True) if pair is None]
+        if rank is None and absent:
+            raise SettingError(
+                f"{absent[0]} does not give its change of {path!r} as a product of two factors: choose rank=… to write "
+                f"the best approximation of that rank; the receipt states its error."
+            )
+        own = sum(pair[0].shape[-2] for pair in factors if pair is not None)
+        needed = max(needed, matrix_count(leaves[0]) * own)
+    chosen = needed if rank is None else rank
+    counts = {path: matrix_count(leaves[0]) for path, leaves in leaves_at.items()}
+    uneven = [path for path, count in counts.items() if chosen % count]
+    if uneven:
+        raise SettingError(
+            f"rank {chosen} cannot be divided among the {counts[uneven[0]]} groups of the convolution {uneven[0]!r}: "
+            f"choose rank= a multiple of {math.lcm(*counts.values())}."
+        )
+    return chosen
+
+
+def matrix_count(leaf: WeightLeaf) -> int:
+    """Return among how many matrices the rank of a site is divided (the groups of a convolution)."""
+    return math.prod(leaf.site.layout.lead)
+
+
+def scaled_factors(leaf: WeightLeaf) -> tuple[Tensor, Tensor] | None:
+    """Return ΔW as (down, up) with every scale folded into up, or None where the method does not give it so."""
+    method = leaf.method
+    additive = type(method).weight is WeightMethod.weight
+    factors = method.factors(leaf) if additive and method.has_factors else None
+    if factors is None:
+        return None
+    up = factors.up if factors.middle is None else factors.up * factors.middle.unsqueeze(-2)
+    return factors.down.detach(), (up if factors.scale == 1.0 else up * factors.scale).detach()
+
+
+def write_factors(leaves: Sequence[WeightLeaf], rank: int) -> WrittenFactors:
+    """Return one module's factors of exactly `rank` for each of its matrices."""
+    wanted = torch.stack([_change(leaf) for leaf in leaves]).sum(0)
+    pairs = [pair for leaf in leaves if (pair := scaled_factors(leaf)) is not None]
+    if len(pairs) == len(leaves) and sum(down.shape[-2] for down, _ in pairs) <= rank:
+        down, up = torch.cat([pair[0] for pair in pairs], -2), torch.cat([pair[1] for pair in pairs], -1)
+    else:
+        down, up = _best_factors(wanted, rank)
+    down = F.pad(down, (0, 0, 0, rank - down.shape[-2]))
+    up = F.pad(up, (0, rank - up.shape[-1]))
+    missed = float((up.double() @ down.double() - wanted.double()).square().sum())
+    return WrittenFactors(down.cpu(), up.cpu(), missed, float(wanted.double().square().sum()))
+
+
+def _change(leaf: WeightLeaf) -> Tensor:
+    """Return ΔW (*lead, out, in) by the method's reference formula."""
+    if type(leaf.method).weight is WeightMethod.weight:
+        return leaf.method.delta(leaf)
+    base = leaf.weight()
+    base = base if base.dtype == torch.float64 else base.float()
+    return leaf.method.weight(leaf, base) - base
+
+
+def _best_factors(wanted: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return (down, up) of the matrix of that rank nearest to `wanted` (*lead, out, in)."""
+    precise = wanted if wanted.dtype == torch.float64 else wanted.float()
+    left, values, right = torch.linalg.svd(precise, full_matrices=False)
+    root = values[..., :rank].sqrt()
+    down = root.unsqueeze(-1) * right[..., :rank, :]
+    up = left[..., :rank] * root.unsqueeze(-2)
+    return down.to(wanted.dtype), up.to(wanted.dtype)
