@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import trimtab as tt
-from trimtab.storage import write_atomically
+from trimtab.adapter_file import write_atomically
 from trimtab.training.batches import make_loader
 from trimtab.training.data import read_table
 from trimtab.training.models import load_model
@@ -48,7 +48,9 @@ def head(lr_scale: float) -> tt.Method:
 RUNS = (
     Run("linear probe", tt.LinearProbe(targets="classifier"), 3e-1, (3e-2, 1e-1, 3e-1)),
     Run("LoRA r=8", tt.Compose(tt.LoRA(rank=8), head(10.0)), 4e-3, (2e-3, 4e-3, 8e-3)),
-    Run("full fine-tuning", tt.Compose(tt.FullTuning(targets="all - classifier"), head(20.0)), 4e-4, (1e-4, 2e-4, 4e-4)),
+    Run(
+        "full fine-tuning", tt.Compose(tt.FullTuning(targets="all - classifier"), head(20.0)), 4e-4, (1e-4, 2e-4, 4e-4)
+    ),
 )
 
 
@@ -76,7 +78,13 @@ def train_once(run: Run, lr: float, seed: int, train: Table, test: Table, fracti
         optimizer.zero_grad()
     seconds = time.perf_counter() - begin
     metrics = task.evaluate(loaded.model, make_loader(task.encode(test, loaded.tokenizer, LENGTH), 64, shuffle=False))
-    return {"accuracy": metrics.value, "seconds": seconds, "trainable": adapter.trainable_count, "steps": total, "lr": lr}
+    return {
+        "accuracy": metrics.value,
+        "seconds": seconds,
+        "trainable": adapter.trainable_count,
+        "steps": total,
+        "lr": lr,
+    }
 
 
 def _linear(step: int, total: int) -> float:
@@ -96,9 +104,17 @@ def main() -> None:
     train, test = read_table(options.folder / "train.csv"), read_table(options.folder / "test.csv", split="test")
     if options.search:
         split = split_table(train, validation=0.1, seed=0, label="category")
-        jobs = [(f"search/{run.name}/{lr}", run, lr, 0, split.train, split.validation, 0.3) for run in RUNS for lr in run.searched]
+        jobs = [
+            (f"search/{run.name}/{lr}", run, lr, 0, split.train, split.validation, 0.3)
+            for run in RUNS
+            for lr in run.searched
+        ]
     else:
-        jobs = [(f"{run.name}/{run.lr}/{seed}", run, run.lr, seed, train, test, 1.0) for seed in options.seeds for run in RUNS]
+        jobs = [
+            (f"{run.name}/{run.lr}/{seed}", run, run.lr, seed, train, test, 1.0)
+            for seed in options.seeds
+            for run in RUNS
+        ]
     for key, run, lr, seed, data, held_out, fraction in jobs:
         if key not in results:
             results[key] = train_once(run, lr, seed, data, held_out, fraction)
@@ -113,11 +129,11 @@ def table(results: dict[str, dict[str, float]], seeds: list[int], rows: int) -> 
     lines = [
         "# Banking77: LoRA against full fine-tuning",
         "",
-        f"MiniLM-L6 (22.7M parameters), 77 intents, 10,003 training and {rows:,} test messages, {EPOCHS} epochs, batch "
-        f"{BATCH}, AdamW, linear schedule, seeds {', '.join(map(str, seeds))}. The interval covers the sampling of the "
+        f"MiniLM-L6 (22.7M parameters), 77 intents, 10,003 training and {rows:,} test messages, {EPOCHS} epochs, batch",
+        f"{BATCH}, AdamW, linear schedule, seeds {', '.join(map(str, seeds))}. The interval covers the sampling of the",
         "test messages and the spread over seeds. Written by",
         "`python benchmarks/banking77.py FOLDER --seeds " + " ".join(map(str, seeds)) + f" --write` on {date.today()}.",
-        "The learning rates come from `--search` (equal budget for each method, validation split of the training data).",
+        "The learning rates come from `--search`: equal budget for each, a validation split of the training data.",
         "",
         "| method | trainable | learning rate | accuracy | 95 % interval | each seed | seconds |",
         "|---|---|---|---|---|---|---|",
@@ -131,7 +147,8 @@ def table(results: dict[str, dict[str, float]], seeds: list[int], rows: int) -> 
         each = ", ".join(f"{100 * value:.1f}" for value in values)
         cost = statistics.fmean(entry["seconds"] for entry in found)
         lines.append(
-            f"| {run.name} | {found[0]['trainable']:,} | {run.lr:g} | {100 * mean:.1f} | ±{100 * half:.1f} | {each} | {cost:.0f} |"
+            f"| {run.name} | {found[0]['trainable']:,} | {run.lr:g} | {100 * mean:.1f} | ±{100 * half:.1f} "
+            f"| {each} | {cost:.0f} |"
         )
     lora, full = (statistics.fmean(results[f"{r.name}/{r.lr}/{s}"]["accuracy"] for s in seeds) for r in RUNS[1:])
     lines += ["", f"LoRA minus full fine-tuning: {100 * (lora - full):+.1f} points."]

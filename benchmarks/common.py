@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor, nn
 
 import trimtab as tt
-from trimtab.storage import write_atomically
+from trimtab.adapter_file import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS, HEADS, VOCABULARY, BATCH, LENGTH = 4, 8, 2048, 4, 128

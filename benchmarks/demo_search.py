@@ -15,9 +15,9 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
+from trimtab.adapter_file import encode_method, write_atomically
 from trimtab.demo.contestants import CONTESTANTS, Contestant
 from trimtab.demo.data import BATCH, EPOCHS, settings_for, write_splits
-from trimtab.storage import encode_method, write_atomically
 from trimtab.training.run import execute, prepare
 
 RESULTS = Path(__file__).parent / "results" / "demo_search.json"
@@ -50,9 +50,8 @@ def page(results: dict[str, dict[str, float]]) -> str:
     lines = [
         "# The demo's learning rates",
         "",
-        f"Four rates for each contestant, {EPOCHS:g} epochs of batch {BATCH}, one seed; validation accuracy in percent, "
-        "the chosen rate in bold. Written by `python benchmarks/demo_search.py --write` on "
-        f"{date.today()}.",
+        f"Four rates for each contestant, {EPOCHS:g} epochs of batch {BATCH}, one seed; validation accuracy",
+        f"in percent, the chosen rate in bold. Written by `python benchmarks/demo_search.py --write` on {date.today()}.",
         "",
         "| contestant | rates and validation accuracy |",
         "|---|---|",

@@ -24,9 +24,9 @@ from torch import Tensor
 
 import trimtab as tt
 import zoo
+from trimtab.adapter_file import read_adapter_file
 from trimtab.errors import AdapterFileError, Interrupted, SettingError, TrainingError
 from trimtab.methods.weight.lora import LoRA
-from trimtab.storage import read_adapter_file
 from trimtab.training.batches import Loader, make_loader
 from trimtab.training.causal_lm import CausalLM
 from trimtab.training.checkpoints import STATE_NAME, newest_checkpoint

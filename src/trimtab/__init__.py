@@ -9,6 +9,7 @@ importlib.import_module("trimtab.methods")  # binds the folder's name first, so 
 
 from trimtab.adapter import Adapter  # noqa: E402
 from trimtab.attach import adapters, attach, detach, plan, route  # noqa: E402
+from trimtab.check import ContractViolation, check_method  # noqa: E402
 from trimtab.errors import (  # noqa: E402
     AdapterFileError,
     AttachError,
@@ -29,6 +30,7 @@ __all__ = [
     "AdapterFileError",
     "AttachError",
     "Capabilities",
+    "ContractViolation",
     "Method",
     "MissingExtraError",
     "SettingError",
@@ -39,6 +41,7 @@ __all__ = [
     "__version__",
     "adapters",
     "attach",
+    "check_method",
     "detach",
     "frozen",
     "load",

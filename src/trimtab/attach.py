@@ -64,7 +64,7 @@ def _check_arguments(model: nn.Module, method: Method, name: str, seed: int, dty
             raise AttachError(f"adapter {merged[0]!r} is merged into this model; unmerge it before attaching another.")
     if not dtype.is_floating_point:
         raise SettingError(f"dtype {dtype} is not a floating-point type.")
-    if not isinstance(seed, int) or seed < 0:
+    if seed < 0:
         raise SettingError(f"seed must be a whole number from 0, found {seed!r}.")
 
 
@@ -238,7 +238,9 @@ def plan(model: nn.Module, method: Method) -> Plan:
             stored += sum(torch.Size(spec.shape).numel() for spec in specs.values())
     base = sum(parameter.numel() for module in structure.modules.values() for parameter in _own(module))
     name = type(method).__name__
-    return Plan(name, tuple(rows), trainable, base, 4 * stored, 4 * stored + 12 * trainable, _coverage(structure, parts))
+    return Plan(
+        name, tuple(rows), trainable, base, 4 * stored, 4 * stored + 12 * trainable, _coverage(structure, parts)
+    )
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:

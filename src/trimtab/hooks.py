@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trimtab.errors import AttachError
 
 if TYPE_CHECKING:
+    from trimtab.kinds.edits import Edit
     from trimtab.method import Method
 
 PREFIX = "trimtab_"
@@ -65,6 +66,10 @@ class Leaf(nn.Module):
 
     def around(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         """Run the target's call with this leaf's change applied."""
+        raise NotImplementedError
+
+    def edits(self) -> list[Edit]:
+        """Return the base parameters and their values after merging; raises AttachError where that is impossible."""
         raise NotImplementedError
 
     def read_through(self) -> list[tuple[nn.Module, str, tuple[str, ...]]]:

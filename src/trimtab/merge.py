@@ -103,11 +103,21 @@ def _rounded(edits: list[Edit]) -> list[Edit]:
     for edit in edits:
         place = (id(edit.module), edit.parameter)
         if place in seen:
-            raise AttachError(f"two parts of the adapter change {str(edit)!r}; merge them as separate adapters in turn.")
+            raise AttachError(
+                f"two parts of the adapter change {str(edit)!r}; merge them as separate adapters in turn."
+            )
         seen.add(place)
         stored = edit.module._parameters.get(edit.parameter)
         like = stored if stored is not None else next(p for p in edit.module._parameters.values() if p is not None)
-        rounded.append(Edit(edit.module, edit.path, edit.parameter, edit.value.detach().to(like.dtype).contiguous(), edit.for_all_holders))
+        rounded.append(
+            Edit(
+                edit.module,
+                edit.path,
+                edit.parameter,
+                edit.value.detach().to(like.dtype).contiguous(),
+                edit.for_all_holders,
+            )
+        )
     return rounded
 
 

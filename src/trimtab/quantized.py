@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +27,8 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if is_transposed(module):
-        return int(module.weight.shape[0]), int(module.weight.shape[1])
+        rows, columns = module.get_parameter("weight").shape
+        return rows, columns
     return None
 
 
@@ -52,13 +55,13 @@ def dense_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
         return _dequantise(module, weight)
 
 
-def _dequantise(module: nn.Module, weight: Tensor) -> Tensor:
+def _dequantise(module: Any, weight: Any) -> Tensor:
     kind = type(weight).__name__
     if kind == "Params4bit":
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return,attr-defined]
+        return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
     if kind == "Int8Params":
-        statistics = weight.SCB if weight.SCB is not None else module.state.SCB  # type: ignore[attr-defined,union-attr]
-        return weight.data.float() * statistics.view(-1, 1) / 127.0  # type: ignore[union-attr,no-any-return]
-    return weight.dequantize()
+        statistics = weight.SCB if weight.SCB is not None else module.state.SCB
+        return weight.data.float() * statistics.view(-1, 1) / 127.0  # type: ignore[no-any-return]
+    return weight.dequantize()  # type: ignore[no-any-return]

@@ -52,7 +52,9 @@ class Report:
     def __str__(self) -> str:
         facts = [str(value).lower() for value in (self.trainable, self.active, self.merged)]
         body = [(r.site, r.method, r.size, f"{r.trainable:,}", *facts) for r in self.rows]
-        head = f"adapter {self.name!r}: {self.total:,} trainable numbers, {self.total / max(self.base, 1):.3%} of the base"
+        head = (
+            f"adapter {self.name!r}: {self.total:,} trainable numbers, {self.total / max(self.base, 1):.3%} of the base"
+        )
         return head + "\n" + table(("site", "method", "size", "trainable", "trained", "active", "merged"), body)
 
 
@@ -87,13 +89,15 @@ class Plan:
     coverage: tuple[Coverage, ...]
 
     def __str__(self) -> str:
-        sites = table(("site", "method", "size", "trainable"), [(r.site, r.method, r.size, f"{r.trainable:,}") for r in self.rows])
+        sites = table(
+            ("site", "method", "size", "trainable"), [(r.site, r.method, r.size, f"{r.trainable:,}") for r in self.rows]
+        )
         reach = table(
             ("weights", "numbers", "reached"), [(c.group, f"{c.numbers:,}", f"{c.share:.1%}") for c in self.coverage]
         )
         head = (
-            f"{self.method}: {self.trainable:,} trainable numbers, {self.trainable / max(self.base, 1):.3%} of the base; "
-            f"adapter {bytes_text(self.adapter_bytes)}, with gradients and Adam {bytes_text(self.training_bytes)}"
+            f"{self.method}: {self.trainable:,} trainable numbers, {self.trainable / max(self.base, 1):.3%} of the "
+            f"base; adapter {bytes_text(self.adapter_bytes)}, with gradients and Adam {bytes_text(self.training_bytes)}"
         )
         return f"{head}\n{sites}\n\n{reach}"
 

@@ -50,7 +50,11 @@ class Route:
     def restore(self, pieces: list[Tensor]) -> Tensor:
         """Put the groups' rows back into the order of the batch."""
         joined = torch.cat(pieces)
-        order = self.inverse if joined.shape[0] == len(self.rows) else _spread(self.inverse, joined.shape[0] // len(self.rows))
+        order = (
+            self.inverse
+            if joined.shape[0] == len(self.rows)
+            else _spread(self.inverse, joined.shape[0] // len(self.rows))
+        )
         return joined.index_select(0, order.to(joined.device))
 
 
@@ -78,7 +82,9 @@ class Routing:
         self.root_records = torch.is_grad_enabled()
         self.last_routed = self.route is not None
 
-    def run(self, module: nn.Module, call: Call, leaves: list[Leaf], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(
+        self, module: nn.Module, call: Call, leaves: list[Leaf], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Run one hooked module for a routed batch."""
         if self.route is None:
             raise AttachError(
@@ -171,7 +177,9 @@ def _apart(
             chain = functools.partial(leaf.around, chain)
 
         def pick(value: Any, name: str | None = name) -> Any:
-            return value.index_select(0, route.index(name, value)) if isinstance(value, Tensor) and value.dim() else value
+            return (
+                value.index_select(0, route.index(name, value)) if isinstance(value, Tensor) and value.dim() else value
+            )
 
         routing.route = route.only(name)
         try:

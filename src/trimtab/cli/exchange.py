@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
+from trimtab.adapter_file import FILE_NAME, read_adapter_file
 from trimtab.cli.console import show, show_json
 from trimtab.cli.merge import load_base
 from trimtab.cli.plan import MODEL_HELP
 from trimtab.errors import AdapterFileError
-from trimtab.storage import FILE_NAME, load, read_adapter_file
+from trimtab.storage import load
 from trimtab.training.merged import check_output
 from trimtab.training.model_sources import resolve_model
 from trimtab.training.run_settings import method_text

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 from torch import Tensor
 
+from trimtab.adapter_file import FILE_NAME, decode_method, read_adapter_file
 from trimtab.cli.console import Grid, count_text, show, show_json
 from trimtab.report import bytes_text
-from trimtab.storage import FILE_NAME, decode_method, read_adapter_file
 from trimtab.training.run_settings import method_text
 
 

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 from torch import nn
 
+from trimtab.adapter_file import read_adapter_file
 from trimtab.cli.console import show, show_json
 from trimtab.cli.plan import MODEL_HELP
-from trimtab.storage import load, read_adapter_file
+from trimtab.storage import load
 from trimtab.training.architectures import load_as_saved, load_tokenizer_if_any
 from trimtab.training.merged import check_output, save_merged
 from trimtab.training.models import load_model

@@ -186,7 +186,9 @@ def _show_report(report: RunReport, folder: Path, json: bool) -> None:
         ("steps", f"{report.steps}{again}, last loss {report.final_loss:.4f}"),
     ]
     if report.metrics is not None and report.baseline is not None:
-        rows += [(str(report.evaluated_on), str(report.metrics)), ("baseline", _baseline_text(report))]
+        # The state that is kept was chosen on the validation rows: its figure there is the best, not an unbiased one.
+        figure = "test" if report.evaluated_on == "test" else "best on validation"
+        rows += [(figure, str(report.metrics)), ("baseline", _baseline_text(report))]
     rows += [
         ("time", time_text(report.seconds)),
         ("peak memory", bytes_text(report.peak_bytes)),

@@ -120,7 +120,7 @@ def _checkpoints(method: Method, case: Case, reentrant: bool) -> None:
     plain = case.forward(adapter.model)
     expected = gradients(adapter, objective(plain))
     for module in _checkpointed_modules(adapter.model):
-        module.forward = _Checkpointed(module.forward, reentrant)  # type: ignore[method-assign]
+        module.forward = _Checkpointed(module.forward, reentrant)
     if not capabilities_of(method).checkpointing:
         _expect_checkpointing_refused(case, adapter)
         return
@@ -226,7 +226,7 @@ def refuses_instance_forward(method: Method, case: Case) -> None:
     model = case.build()
     for path in paths:
         module = model.get_submodule(path)
-        module.forward = module.forward  # type: ignore[method-assign]
+        module.forward = module.forward
     try:
         attached(dataclasses.replace(case, build=lambda: model), method)
     except TrimtabError as error:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapter import Adapter
+from trimtab.adapter_file import read_adapter_file
 from trimtab.attach import adapters
 from trimtab.contract.case import Case, ContractViolation, NotApplicable, expect_same, trained
 from trimtab.errors import AdapterFileError
 from trimtab.hooks import base_state_dict, is_hooked
 from trimtab.method import Method
-from trimtab.storage import load, read_adapter_file, replaced_by
+from trimtab.storage import load, replaced_by
 
 HEADER_BYTES = 4096
 BYTES_PER_TENSOR = 256

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -154,9 +155,10 @@ def _refuses_to_merge(method: Method, case: Case, reason: str) -> None:
 
 def _edits(adapter: Adapter) -> list[Edit]:
     """What the adapter would write if it could be merged; empty where a leaf has nothing to write."""
+    leaves: list[Any] = adapter.leaves()
     try:
         with torch.no_grad():
-            return [edit for leaf in adapter.leaves() for edit in leaf.edits()]
+            return [edit for leaf in leaves for edit in leaf.edits()]
     except (AttachError, NotImplementedError):
         return []
 

@@ -1,6 +1,6 @@
 """One contestant in a process of its own, so that its peak memory is its own; tells its progress in JSON lines.
 
-    python -m trimtab.demo.child KEY DATA_FOLDER RUN_FOLDER EPOCHS
+python -m trimtab.demo.child KEY DATA_FOLDER RUN_FOLDER EPOCHS
 """
 
 from __future__ import annotations

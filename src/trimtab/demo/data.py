@@ -7,8 +7,8 @@ import io
 from importlib import resources
 from pathlib import Path
 
+from trimtab.adapter_file import write_atomically
 from trimtab.demo.contestants import Contestant
-from trimtab.storage import write_atomically
 from trimtab.training.run_settings import RunSettings
 from trimtab.training.schedule import LoopSettings
 

@@ -64,7 +64,8 @@ svg .tick, svg .axis { fill: var(--soft); } svg .grid { stroke: var(--line); str
 svg circle.method { fill: var(--method); } svg line.method { stroke: var(--method); }
 svg circle.reference { fill: var(--reference); } svg line.reference { stroke: var(--reference); }
 svg .bar { stroke-width: 1.6; opacity: .55; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .92rem;
+        font-variant-numeric: tabular-nums; }
 th, td { padding: .42em .5em; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); } th:first-child, td:first-child, td.text, th.text { text-align: left; }
 td.text { white-space: normal; } tr.reference td:first-child { color: var(--reference); }
@@ -72,6 +73,12 @@ tbody tr:hover { background: var(--band); } .key { display: inline-block; width:
 border-radius: 50%; margin: 0 .35em 0 .9em; } pre { background: var(--band); padding: .9em 1em; overflow-x: auto;
 border-radius: 6px; font: 13.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 """
+
+
+KEY = (
+    '<p class="soft"><span class="key" style="background:var(--method)"></span>parameter-efficient methods'
+    '<span class="key" style="background:var(--reference)"></span>references: linear probe, full fine-tuning</p>'
+)
 
 
 def render(page: Page) -> str:
@@ -82,8 +89,7 @@ def render(page: Page) -> str:
         f"<p>{escape(page.task)}</p>",
         "<h2>Accuracy against size</h2>",
         draw([result.point() for result in page.results]),
-        '<p class="soft"><span class="key" style="background:var(--method)"></span>parameter-efficient methods'
-        '<span class="key" style="background:var(--reference)"></span>references: linear probe, full fine-tuning</p>',
+        KEY,
         "<h2>All figures</h2>",
         _table(page.results),
         f'<p class="soft">{escape(page.conditions)}</p>',
@@ -111,7 +117,8 @@ def headline(results: Sequence[Result]) -> str:
     best = max(methods, key=lambda r: r.accuracy)
     return (
         f"{best.name} reaches {100 * best.accuracy:.1f} % with {best.trainable / full.trainable:.2%} of the trainable "
-        f"numbers of full fine-tuning ({100 * full.accuracy:.1f} %); a linear probe stays at {100 * probe.accuracy:.1f} %."
+        f"numbers of full fine-tuning ({100 * full.accuracy:.1f} %); a linear probe stays at "
+        f"{100 * probe.accuracy:.1f} %."
     )
 
 

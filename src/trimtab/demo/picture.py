@@ -86,7 +86,7 @@ def _axes(scale: _Scale) -> Iterator[str]:
         yield f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}"/>'
         yield f'<text class="tick" x="{x:.1f}" y="{bottom + 20}" text-anchor="middle">{_short(10**exponent)}</text>'
     middle = (LEFT + WIDTH - RIGHT) / 2
-    yield f'<text class="axis" x="{middle}" y="{HEIGHT - 10}" text-anchor="middle">trainable numbers (logarithmic)</text>'
+    yield f'<text class="axis" x="{middle}" y="{HEIGHT - 10}" text-anchor="middle">trainable numbers</text>'
     yield f'<text class="axis" x="{LEFT}" y="{TOP - 6}" text-anchor="start">test accuracy, 95 % interval</text>'
 
 
@@ -98,7 +98,8 @@ def _marks(points: Sequence[Point], scale: _Scale) -> Iterator[str]:
     for point in points:
         x, y = scale.x(point.trainable), scale.y(point.accuracy)
         kind = "reference" if point.reference else "method"
-        yield f'<line class="{kind} bar" x1="{x:.1f}" x2="{x:.1f}" y1="{scale.y(point.low):.1f}" y2="{scale.y(point.high):.1f}"/>'
+        ends = f'y1="{scale.y(point.low):.1f}" y2="{scale.y(point.high):.1f}"'
+        yield f'<line class="{kind} bar" x1="{x:.1f}" x2="{x:.1f}" {ends}/>'
         yield f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="5.5"/>'
 
 

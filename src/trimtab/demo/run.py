@@ -12,11 +12,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from trimtab.adapter_file import FILE_NAME, write_atomically
 from trimtab.demo.contestants import CONTESTANTS, Contestant
 from trimtab.demo.data import BATCH, messages, write_splits
 from trimtab.demo.page import Page, Result, render
 from trimtab.errors import TrainingError
-from trimtab.storage import FILE_NAME, write_atomically
 
 SAMPLES = (
     "It opens fine but every click takes ages.",
@@ -97,7 +97,8 @@ class _Clock:
 def _trained(one: Contestant, data: Path, folder: Path, epochs: float) -> Iterator[dict[str, Any]]:
     command = [sys.executable, "-m", "trimtab.demo.child", one.key, str(data), str(folder), str(epochs)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None and child.stderr is not None
+        assert child.stdout is not None
+        assert child.stderr is not None
         failure = ""
         for line in child.stdout:
             told = json.loads(line)
@@ -149,13 +150,14 @@ def _page(
     return Page(
         title=f"Trimtab demo: {len(results)} ways to tune one encoder",
         task=(
-            f"The task: {intents} intents of support messages to a software product (written for this project, with near "
-            f"misses on purpose), {counts['train']} to train on, {counts['validation']} to validate, {counts['test']} "
-            f"to test. The model: the MiniLM sentence encoder, 22.7 million parameters."
+            f"The task: {intents} intents of support messages to a software product (written for this project, with "
+            f"near misses on purpose), {counts['train']} to train on, {counts['validation']} to validate, "
+            f"{counts['test']} to test. The model: the MiniLM sentence encoder, 22.7 million parameters."
         ),
         conditions=(
-            f"Everybody trained for {epochs:g} epochs of batch {BATCH}, one seed, at the learning rate found beforehand "
-            f"for it; the classifier is part of every adapter. Peak memory is that of the whole process. {date.today()}."
+            f"Everybody trained for {epochs:g} epochs of batch {BATCH}, one seed, at the learning rate found "
+            f"beforehand for it; the classifier is part of every adapter. Peak memory is that of the whole process. "
+            f"{date.today()}."
         ),
         results=results,
         samples=samples,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapter import Adapter
+from trimtab.adapter_file import write_atomically
 from trimtab.errors import AdapterFileError, AttachError
 from trimtab.hooks import PREFIX as LEAF_PREFIX
 from trimtab.hooks import Leaf, base_class
@@ -33,7 +34,6 @@ from trimtab.interop.peft_format import (
 from trimtab.kinds.layouts import EmbeddingLayout, TransposedLayout
 from trimtab.kinds.selection import SelectionMethod
 from trimtab.kinds.weight import CallLeaf, ParameterSite, WeightLeaf, WeightMethod
-from trimtab.storage import write_atomically
 from trimtab.structure import Structure
 
 

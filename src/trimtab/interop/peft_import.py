@@ -121,7 +121,8 @@ def _read_config(file: Path) -> dict[str, Any]:
     if start not in _STARTS_AT_BASE:
         raise AdapterFileError(
             f"{file}: init_lora_weights={start!r} changes the base before training, so that the adapter does not "
-            f"belong to the original base. Save it with peft's path_initial_model_for_weight_conversion=… and import that."
+            f"belong to the original base. Save it with peft's path_initial_model_for_weight_conversion=… and "
+            f"import that."
         )
     return _DEFAULTS | {field: value for field, value in config.items() if value is not None}
 

@@ -9,9 +9,10 @@ from typing import Any, Literal
 from torch import nn
 
 from trimtab.adapter import Adapter
+from trimtab.adapter_file import FILE_NAME
 from trimtab.attach import adapters
 from trimtab.errors import TrainingError, require
-from trimtab.storage import FILE_NAME, refill
+from trimtab.storage import refill
 
 _transformers: Any = require("transformers", "hf")
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")

@@ -97,7 +97,9 @@ def layout_of(path: str, module: nn.Module, parameter: str | None) -> Layout:
     tensor = module._parameters.get(parameter or "weight")
     if parameter is not None and tensor is not None and (parameter != "weight" or not callable_alone(module)):
         if tensor.dim() not in (2, 3):
-            raise TargetError(f"{path}:{parameter} has shape {tuple(tensor.shape)}; a matrix or stack of them is needed.")
+            raise TargetError(
+                f"{path}:{parameter} has shape {tuple(tensor.shape)}; a matrix or stack of them is needed."
+            )
         return Layout(tuple(tensor.shape[:-2]), int(tensor.shape[-2]), int(tensor.shape[-1]))
     features = linear_features(module)
     if features is not None:

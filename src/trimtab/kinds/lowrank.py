@@ -73,7 +73,7 @@ def random_bits(count: int, dropout: float, device: torch.device) -> tuple[Tenso
     kept = min(round((1.0 - dropout) * _STEPS), _STEPS - 1)
     groups = -(-count // (64 * _SHARING))
     random = torch.randint(-(2**63), 2**63 - 1, (8, groups * (_SHARING + 1)), device=device)
-    lower, upper = random.split([groups, groups * _SHARING], dim=1)
+    lower, upper = random[:, :groups], random[:, groups:]
     words = _compare(torch.zeros_like(lower[0]), lower, kept & 0xFF)
     words = _compare(words.repeat(_SHARING), upper, kept >> 8)
     return words, kept / _STEPS

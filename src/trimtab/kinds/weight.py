@@ -161,7 +161,7 @@ class CallLeaf(WeightLeaf):
     def _fused(self, call: Any) -> bool:
         """One function for base and update: a plain float linear map, this leaf innermost, no autocast."""
         innermost = getattr(call.func, "__self__", None) is None
-        return self.fusible and innermost and not torch.is_autocast_enabled(self.target.weight.device.type)  # type: ignore[union-attr,arg-type]
+        return self.fusible and innermost and not torch.is_autocast_enabled(self.target.weight.device.type)  # type: ignore[arg-type]
 
 
 class ReadLeaf(WeightLeaf):

@@ -19,8 +19,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trimtab.adapter import Adapter
+from trimtab.adapter_file import write_atomically
 from trimtab.errors import AdapterFileError, SettingError
-from trimtab.storage import refill, write_atomically
+from trimtab.storage import refill
 from trimtab.training.metrics import Metrics
 from trimtab.training.randomness import RandomState
 

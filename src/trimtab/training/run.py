@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from trimtab.adapter import Adapter
+from trimtab.adapter_file import FILE_NAME
 from trimtab.attach import attach
 from trimtab.errors import SettingError, require
-from trimtab.storage import FILE_NAME, load
+from trimtab.storage import load
 from trimtab.training.batches import Loader, make_loader
 from trimtab.training.checkpoints import newest_checkpoint
 from trimtab.training.classification import Classification

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trimtab.adapter_file import FILE_NAME, write_atomically
 from trimtab.errors import AdapterFileError, SettingError, TrimtabError
-from trimtab.storage import FILE_NAME, write_atomically
 from trimtab.training.checkpoints import newest_checkpoint
 from trimtab.training.run_settings import RunSettings, settings_from_dict, settings_to_dict
 from trimtab.training.tasks import AnyTask, task_from_dict, task_to_dict

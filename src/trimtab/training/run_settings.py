@@ -11,9 +11,9 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
+from trimtab.adapter_file import decode_method, encode_method
 from trimtab.errors import SettingError, suggestion
 from trimtab.method import Method, settings_of
-from trimtab.storage import decode_method, encode_method
 from trimtab.training.heads import default_learning_rate
 from trimtab.training.model_sources import resolve_model
 from trimtab.training.schedule import LoopSettings
