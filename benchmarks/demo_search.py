@@ -50,8 +50,9 @@ def page(results: dict[str, dict[str, float]]) -> str:
     lines = [
         "# The demo's learning rates",
         "",
-        f"Four rates for each contestant, {EPOCHS:g} epochs of batch {BATCH}, one seed; validation accuracy",
-        f"in percent, the chosen rate in bold. Written by `python benchmarks/demo_search.py --write` on {date.today()}.",
+        f"Four rates for each contestant, {EPOCHS:g} epochs of batch {BATCH}, one seed; validation",
+        f"accuracy in percent, chosen rate in bold. Written on {date.today()} by",
+        "`python benchmarks/demo_search.py --write`.",
         "",
         "| contestant | rates and validation accuracy |",
         "|---|---|",

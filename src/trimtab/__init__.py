@@ -22,8 +22,7 @@ from trimtab.errors import (  # noqa: E402
 )
 from trimtab.method import Capabilities, Method, Spec, frozen, methods, setting  # noqa: E402
 from trimtab.storage import load  # noqa: E402
-
-__version__: str = "0.1.0"
+from trimtab.version import __version__  # noqa: E402
 
 __all__ = [
     "Adapter",

@@ -28,6 +28,7 @@ from trimtab.fingerprint import difference, fingerprint
 from trimtab.method import Method
 from trimtab.structure import Structure
 from trimtab.targets import Item
+from trimtab.version import __version__
 
 if TYPE_CHECKING:
     from trimtab.adapter import Adapter
@@ -56,8 +57,6 @@ def save_adapter(adapter: Adapter, path: str | Path, training: bool) -> Path:
 
 
 def _header(adapter: Adapter, tensors: dict[str, Tensor], training: bool) -> dict[str, Any]:
-    import trimtab
-
     return {
         "format": FORMAT,
         "name": adapter.name,
@@ -71,7 +70,7 @@ def _header(adapter: Adapter, tensors: dict[str, Tensor], training: bool) -> dic
         "fingerprint": fingerprint(adapter.model, replaced_by(adapter)),
         "lineage": list(adapter.lineage),
         "steps": adapter.steps if training else 0,
-        "versions": {"trimtab": trimtab.__version__, "torch": torch.__version__},
+        "versions": {"trimtab": __version__, "torch": torch.__version__},
     }
 
 

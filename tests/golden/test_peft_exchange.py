@@ -412,8 +412,8 @@ def test_an_adapter_of_another_model_names_the_nearest_module(llama: ZooModel, t
         ),
         (
             "llama",
-            trimtab.Pfeiffer(bottleneck=4),
-            r"Pfeiffer cannot be written as a LoRA: it does not change weights\.",
+            trimtab.PfeifferAdapter(bottleneck=4),
+            r"PfeifferAdapter cannot be written as a LoRA: it does not change weights\.",
         ),
         (
             "bert",

@@ -90,15 +90,17 @@ def refuses_another_base(method: Method, case: Case) -> None:
     adapter = trained(case, method, steps=1)
     replaced = replaced_by(adapter)
     other, larger = case.build(), case.build()
-    touched = 0
-    with torch.no_grad():
-        for path, module in other.named_modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and f"{path}:{name}".lstrip(":") not in replaced:
-                    parameter.mul_(1.5).add_(0.1)
-                    touched += 1
-    if not touched:
+    own = [
+        parameter
+        for path, module in other.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and (f"{path}:{name}" if path else name) not in replaced
+    ]
+    if not own:
         raise NotApplicable("the adapter replaces every parameter of the base")
+    with torch.no_grad():
+        for parameter in dict.fromkeys(own):
+            parameter.mul_(1.5).add_(0.1)
     larger.register_parameter("extra", nn.Parameter(torch.zeros(3)))
     with saved(adapter) as file:
         _expect_refusal("a base with other weights", other, file, "another base")

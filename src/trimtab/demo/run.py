@@ -165,7 +165,7 @@ def _page(
         commands=(
             f"trimtab predict {folder / user.key} 'where did my shared folder go'",
             f"trimtab inspect {folder / user.key}",
-            f"trimtab train --model minilm --data {folder / 'data' / 'train.csv'} --method LoRA --output my-run",
+            f"trimtab train minilm {folder / 'data' / 'train.csv'} --method LoRA --output my-run",
         ),
     )
 

@@ -1,0 +1,66 @@
+"""The zoo's models as cases of the contract; importable in other processes."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.check import Case
+from zoo import ZOO, ZooModel
+
+# Places that "all-linear" leaves out, each as a case of its own.
+FURTHER_TARGETS = {
+    "mixtral": "all-linear | experts",
+    "cnn": "convolution",
+    "tied_embedding": "all-linear | embedding",
+    "llama": "all-linear | embedding | head",
+}
+NEW_TOKENS = 4
+
+
+@cache
+def pristine(name: str) -> ZooModel:
+    """The entry of the zoo that every build copies; nobody else touches it."""
+    return ZOO[name](0, 0.0)
+
+
+def build(name: str) -> nn.Module:
+    return copy.deepcopy(pristine(name).model)
+
+
+def primary(name: str, output: Any) -> Tensor:
+    return pristine(name).main_output(output)
+
+
+def generate(name: str, model: Any, cached: bool) -> Tensor:
+    """Greedy decoding of a few tokens behind the examples."""
+    inputs = {key: value for key, value in pristine(name).inputs.items() if key != "labels"}
+    with torch.no_grad():
+        return model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=cached)
+
+
+def zoo_case(name: str, targets: str | None = None) -> Case:
+    entry = pristine(name)
+    return Case(
+        name if targets is None else f"{name}-further",
+        partial(build, name),
+        entry.inputs,
+        partial(primary, name),
+        targets=targets,
+        tokens="input_ids" if entry.causal else None,
+        generate=partial(generate, name) if entry.generates else None,
+    )
+
+
+@cache
+def zoo_cases() -> dict[str, Case]:
+    cases = [zoo_case(name) for name in ZOO]
+    cases += [zoo_case(name, targets) for name, targets in FURTHER_TARGETS.items()]
+    return {case.name: case for case in cases}
+
+
+CASE_NAMES = [*ZOO, *(f"{name}-further" for name in FURTHER_TARGETS)]
