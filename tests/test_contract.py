@@ -21,11 +21,381 @@ from torch import Tensor
 
 import trimtab as tt
 from contract_cases import CASE_NAMES, zoo_cases
-from trimtab.activations import ActivationSite
 from trimtab.check import INVARIANTS, Case, ContractViolation, attaches, built_in_cases, check_invariant, run_contract
 from trimtab.contract.case import NotApplicable
 from trimtab.contract.instances import small_instance
 from trimtab.contract.processes import loads_in_a_new_process, trains_distributed
-from trimtab.contract.report import Outcome
-from trimtab.method import Method, methods
+from trimtab.contract.report import Outcome, outcome_of
+from trimtab.kinds.lowrank import Factors
+from trimtab.kinds.weight import ParameterSite, WeightLeaf, WeightMethod
+from trimtab.method import Capabilities, Method, Spec, Targets, methods, setting
 from trimtab.methods.weight.lora import LoRA
+
+METHODS = sorted(methods())
+BUILT_IN = {case.name: case for case in built_in_cases()}
+SMOKE_ORDER = ("transformer", "mlp", "cnn", "embedding", "twice-used", "experts")
+# Seconds each, or garbage collection of everything that the test process holds.
+LONG = {"compiles_whole", "leaves_nothing_behind"}
+# Compiling takes seconds: one model for each way of attending, convolutions, and an encoder-decoder.
+COMPILED = {"llama", "t5", "vit", "torch_encoder", "cnn-further", "mixtral-further"}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Make the matrix when slow tests are asked for; listing it alone takes seconds."""
+    if metafunc.function is not test_matrix:
+        return
+    expression = metafunc.config.option.markexpr
+    wanted = [
+        (method, case, invariant)
+        for method in METHODS
+        for case in CASE_NAMES
+        for invariant in INVARIANTS
+        if expression != "not slow" and (invariant != "compiles_whole" or case in COMPILED)
+    ]
+    metafunc.parametrize(("method", "case", "invariant"), wanted, ids=["-".join(entry) for entry in wanted])
+
+
+@cache
+def instance(name: str) -> Method:
+    return small_instance(methods()[name], list(BUILT_IN.values()))
+
+
+@cache
+def acceptance(name: str, case: Case | str) -> Outcome:
+    """Whether the method attaches to the model at all; asked once."""
+    found = zoo_cases()[case] if isinstance(case, str) else case
+    return outcome_of(attaches, instance(name), found, "attaches")
+
+
+@cache
+def smoke_case(name: str) -> Case | None:
+    """The first built-in model that accepts the method, else the first of the zoo."""
+    candidates = [BUILT_IN[key] for key in SMOKE_ORDER]
+    for case in candidates:
+        if outcome_of(attaches, instance(name), case, "attaches").result == "held":
+            return case
+    accepting = (key for key in CASE_NAMES if acceptance(name, key).result == "held")
+    return next((zoo_cases()[key] for key in accepting), None)
+
+
+def hold(invariant: str, method: Method, case: Case) -> None:
+    """Check; a refusal or an invariant that says nothing here is a skip with its text."""
+    try:
+        check_invariant(invariant, method, case)
+    except ContractViolation:
+        raise
+    except NotApplicable as reason:
+        pytest.skip(f"not applicable: {reason}")
+    except tt.TrimtabError as refusal:
+        pytest.skip(f"refused: {refusal}")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_some_model_accepts_the_method(name: str) -> None:
+    assert smoke_case(name) is not None, acceptance(name, "llama").detail
+
+
+@pytest.mark.parametrize("invariant", [name for name in INVARIANTS if name not in LONG])
+@pytest.mark.parametrize("name", METHODS)
+def test_smoke(name: str, invariant: str) -> None:
+    case = smoke_case(name)
+    assert case is not None
+    hold(invariant, instance(name), case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_no_promise_is_refused_everywhere(name: str) -> None:
+    quick = [invariant for invariant in INVARIANTS if invariant != "compiles_whole"]
+    cases = list(BUILT_IN.values())
+    if all(outcome_of(attaches, instance(name), case, "attaches").result == "refused" for case in cases):
+        cases += list(zoo_cases().values())
+    report = run_contract(instance(name), cases, quick)
+    assert report.held, str(report)
+
+
+@pytest.mark.slow
+def test_matrix(method: str, case: str, invariant: str) -> None:
+    accepted = acceptance(method, case)
+    if accepted.result == "refused":
+        pytest.skip(f"refused: {accepted.detail}")
+    assert accepted.result == "held", accepted.detail
+    hold(invariant, instance(method), zoo_cases()[case])
+
+
+def jobs() -> list[tuple[Method, Case]]:
+    return [(instance(name), case) for name in METHODS if (case := smoke_case(name)) is not None]
+
+
+def unbroken(outcomes: list[Outcome]) -> None:
+    assert [str(outcome) for outcome in outcomes if outcome.result == "violated"] == []
+
+
+def test_every_method_loads_in_a_new_process() -> None:
+    outcomes = loads_in_a_new_process(jobs())
+    unbroken(outcomes)
+    assert sum(outcome.result == "held" for outcome in outcomes) >= len(METHODS) - 2
+
+
+@pytest.mark.slow
+def test_every_method_trains_distributed() -> None:
+    outcomes = trains_distributed(jobs())
+    unbroken(outcomes)
+    assert sum(outcome.result == "held" for outcome in outcomes) >= len(METHODS)
+
+
+@pytest.fixture(autouse=True)
+def forget_local_methods() -> Iterator[None]:
+    """Methods defined inside a test leave the catalogue with it."""
+    yield
+    if len(METHODS) != len(methods()):
+        gc.collect()
+
+
+def lora_that_declares(**declared: Any) -> Method:
+    """A LoRA whose capabilities differ from what it does."""
+
+    @dataclass(frozen=True)
+    class Misdeclared(LoRA):
+        capabilities = replace(LoRA.capabilities, **declared)
+
+    return Misdeclared(rank=2)
+
+
+@pytest.mark.parametrize(
+    ("declared", "invariant", "case", "text"),
+    [
+        ({"starts_at_base": "no"}, "starts_as_declared", "mlp", "starts_at_base='no', but the first output is 0"),
+        ({"starts_at_base": "approximate"}, "starts_as_declared", "mlp", "starts_at_base='approximate', but"),
+        ({"merge": "approximate"}, "merges_as_declared", "mlp", "merge='approximate', but the merged output is"),
+        ({"merge": "none"}, "merges_as_declared", "mlp", "merge='none' without a merge_reason"),
+        (
+            {"merge": "none", "merge_reason": "of a reason"},
+            "merges_as_declared",
+            "mlp",
+            "merge='none', but folding it into the weights is exact",
+        ),
+        ({"input_dependent": True}, "merges_as_declared", "mlp", "input_dependent=True cannot be merged"),
+        ({"linear_in_parameters": True}, "averages_as_declared", "mlp", "linear_in_parameters=True, but"),
+        ({"causal_safe": False}, "looks_back_only", "transformer", "causal_safe=False, but"),
+        ({"checkpointing": False}, "checkpoints", "mlp", "checkpointing=False, but a checkpointed step went through"),
+    ],
+)
+def test_a_wrong_declaration_fails(declared: dict[str, Any], invariant: str, case: str, text: str) -> None:
+    method = lora_that_declares(**declared)
+    with pytest.raises(ContractViolation) as raised:
+        check_invariant(invariant, method, BUILT_IN[case])
+    assert str(raised.value).startswith(f"Misdeclared on {case!r}, {invariant}: {text}")
+    check_invariant("starts_as_declared", LoRA(rank=2), BUILT_IN["mlp"])
+
+
+def test_a_cached_generation_that_is_declared_impossible_must_be_refused() -> None:
+    method = lora_that_declares(cached_generation=False)
+    with pytest.raises(ContractViolation, match="cached_generation=False, but decoding with a cache went through"):
+        check_invariant("generates_from_a_cache", method, zoo_cases()["gpt2"])
+
+
+def test_a_bias_that_is_created_must_be_declared() -> None:
+    @dataclass(frozen=True)
+    class OutputShift(WeightMethod):
+        targets: Targets = setting("all-linear", "places")
+        capabilities = Capabilities(starts_at_base="exact", merge="exact", linear_in_parameters=True)
+
+        def tensors(self, site: ParameterSite) -> dict[str, Spec]:
+            return {"shift": Spec((site.out_features,))}
+
+        def delta(self, leaf: WeightLeaf) -> Tensor:
+            return torch.zeros_like(leaf.weight())
+
+        def bias(self, leaf: WeightLeaf, bias: Tensor | None) -> Tensor:
+            return leaf.shift if bias is None else bias + leaf.shift
+
+        def forward(self, leaf: WeightLeaf, x: Tensor, y: Tensor) -> Tensor:
+            return y + leaf.shift
+
+    case = BUILT_IN["transformer"]  # its output projections have no bias
+    with pytest.raises(
+        ContractViolation, match=r"creates_bias=False, but merging created 'layers\.0\.attention\.o_proj\.bias'"
+    ):
+        check_invariant("merges_as_declared", OutputShift(), case)
+
+
+def test_a_method_of_somebody_else_passes_by_itself() -> None:
+    @dataclass(frozen=True)
+    class RowScale(WeightMethod):
+        """W' = diag(1 + s) W: one number for each output."""
+
+        targets: Targets = setting("all-linear", "places to adapt")
+        capabilities = Capabilities(starts_at_base="exact", merge="exact", linear_in_parameters=True)
+
+        def tensors(self, site: ParameterSite) -> dict[str, Spec]:
+            return {"s": Spec(site.matrices(site.out_features, 1))}
+
+        def delta(self, leaf: WeightLeaf) -> Tensor:
+            return leaf.s * leaf.weight()
+
+    quick = [name for name in INVARIANTS if name not in LONG]
+    report = tt.check_method(RowScale, models=[BUILT_IN["transformer"], BUILT_IN["cnn"]], invariants=quick)
+    assert report.held
+    assert {outcome.result for outcome in report.outcomes} <= {"held", "not applicable"}
+    assert "RowScale" in str(report)
+
+
+@dataclass(frozen=True)
+class _Broken(LoRA):
+    """What the broken methods below share; no method of its own, since it declares nothing."""
+
+
+def test_a_start_at_two_zeros_fails() -> None:
+    @dataclass(frozen=True)
+    class DoubleZero(_Broken):
+        capabilities = LoRA.capabilities
+
+        def initialise(self, leaf: WeightLeaf, generator: torch.Generator) -> None:
+            pass
+
+    with pytest.raises((ContractViolation, tt.TrainingError), match=r"no gradient has reached|have not moved"):
+        check_invariant("every_tensor_moves", DoubleZero(rank=2), BUILT_IN["mlp"])
+
+
+def test_a_fast_path_that_differs_from_the_reference_fails() -> None:
+    @dataclass(frozen=True)
+    class WrongScale(_Broken):
+        capabilities = LoRA.capabilities
+
+        def factors(self, leaf: WeightLeaf) -> Factors:
+            return replace(super().factors(leaf), scale=1.01 * self.scale)
+
+    with pytest.raises(ContractViolation, match=r"fast path against W′ in the plain model: relative difference"):
+        check_invariant("fast_path_equals_reference", WrongScale(rank=2), BUILT_IN["mlp"])
+
+
+def test_drawing_from_the_global_generator_fails() -> None:
+    @dataclass(frozen=True)
+    class GlobalNoise(_Broken):
+        capabilities = LoRA.capabilities
+
+        def initialise(self, leaf: WeightLeaf, generator: torch.Generator) -> None:
+            leaf.A.normal_()
+
+    with pytest.raises(ContractViolation, match="draws from torch's global generator"):
+        check_invariant("start_depends_on_seed_alone", GlobalNoise(rank=2), BUILT_IN["mlp"])
+
+
+def test_editing_the_base_fails() -> None:
+    @dataclass(frozen=True)
+    class BaseEditor(_Broken):
+        capabilities = LoRA.capabilities
+
+        def initialise(self, leaf: WeightLeaf, generator: torch.Generator) -> None:
+            super().initialise(leaf, generator)
+            leaf.holder.weight.data.mul_(1.1)  # type: ignore[union-attr,operator]
+
+    with pytest.raises(ContractViolation, match="disabled output against the base: not the same bits"):
+        check_invariant("disabled_is_the_base", BaseEditor(rank=2), BUILT_IN["mlp"])
+    with pytest.raises(ContractViolation, match="after detaching: not the same bits"):
+        check_invariant("detaching_restores", BaseEditor(rank=2), BUILT_IN["mlp"])
+
+
+def test_a_schedule_that_could_be_missed_in_silence_fails() -> None:
+    @dataclass(frozen=True)
+    class SilentSchedule(_Broken):
+        capabilities = LoRA.capabilities
+
+        def after_step(self, part: Any, step: int, total_steps: int) -> None:
+            pass
+
+    with pytest.raises(ContractViolation, match="acts at optimizer steps, but requires_binding=False"):
+        check_invariant("schedule_needs_binding", SilentSchedule(rank=2), BUILT_IN["mlp"])
+
+
+def test_a_method_that_adds_up_wrongly_fails() -> None:
+    @dataclass(frozen=True)
+    class Normalised(WeightMethod):
+        targets: Targets = setting("all-linear", "places")
+        capabilities = Capabilities(starts_at_base="exact", merge="exact")
+
+        def tensors(self, site: ParameterSite) -> dict[str, Spec]:
+            return {"s": Spec(site.matrices(site.out_features, 1))}
+
+        def delta(self, leaf: WeightLeaf) -> Tensor:
+            return leaf.s * leaf.weight()
+
+        def forward(self, leaf: WeightLeaf, x: Tensor, y: Tensor) -> Tensor:
+            return y * (1.0 + leaf.s.flatten())
+
+    with pytest.raises(ContractViolation, match="two adapters together against the sum of their changes"):
+        check_invariant("two_adapters_keep_apart", Normalised(), BUILT_IN["twice-used"])
+
+
+def test_a_crash_is_a_violation_and_not_a_refusal() -> None:
+    @dataclass(frozen=True)
+    class Crashing(_Broken):
+        capabilities = LoRA.capabilities
+
+        def factors(self, leaf: WeightLeaf) -> Factors:
+            raise RuntimeError("shapes do not fit")
+
+    report = run_contract(Crashing(rank=2), [BUILT_IN["mlp"]], ["starts_as_declared"])
+    assert [outcome.detail for outcome in report.violations] == ["RuntimeError: shapes do not fit"]
+
+
+def test_a_method_that_is_refused_everywhere_fails() -> None:
+    with pytest.raises(ContractViolation) as raised:
+        tt.check_method(LoRA(rank=10_000), models=[BUILT_IN["mlp"]], invariants=["starts_as_declared"])
+    text = str(raised.value)
+    assert "breaks its contract in 1 places" in text
+    assert "LoRA on 'every model', attaches: violated: refused everywhere: rank 10000 is larger than the layer" in text
+
+
+def test_a_promise_that_is_refused_everywhere_fails() -> None:
+    @dataclass(frozen=True)
+    class NeverMerged(_Broken):
+        capabilities = LoRA.capabilities
+
+        def before_merge(self, part: Any) -> None:
+            raise tt.AttachError("not today")
+
+    report = run_contract(NeverMerged(rank=2), [BUILT_IN["mlp"]], ["merges_as_declared"])
+    assert [str(violation) for violation in report.violations] == [
+        "NeverMerged on 'every model', merges_as_declared: violated: refused everywhere: not today"
+    ]
+    assert [refusal.detail for refusal in report.refusals] == ["not today"]
+
+
+def test_a_refusal_is_reported_with_its_text_and_does_not_count() -> None:
+    report = tt.check_method(
+        tt.BitFit, invariants=["starts_as_declared"], models=[*BUILT_IN.values(), zoo_cases()["llama"]]
+    )
+    (refusal,) = report.refusals
+    assert (refusal.case, refusal.invariant) == ("llama", "attaches")
+    assert "this model has no part in the role 'bias'" in refusal.detail
+    assert "refused" in str(report)
+
+
+def test_an_unknown_invariant_is_named() -> None:
+    with pytest.raises(
+        tt.SettingError, match=r"knows no invariant 'merges_as_declare'\. Did you mean 'merges_as_declared'"
+    ):
+        tt.check_method(LoRA, invariants=["merges_as_declare"])
+
+
+def test_a_setting_without_a_default_is_asked_for() -> None:
+    @dataclass(frozen=True)
+    class NeedsWidth(WeightMethod):
+        width: int
+        capabilities = LoRA.capabilities
+
+    with pytest.raises(tt.SettingError, match="NeedsWidth has no default for 'width': give check_method an instance"):
+        tt.check_method(NeedsWidth)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_small_instances_keep_every_setting_that_fits(name: str) -> None:
+    small = instance(name)
+    for field in dataclasses.fields(small):
+        value = getattr(small, field.name)
+        if type(field.default) is int:
+            assert value == field.default or value <= max(16, field.metadata.get("minimum") or 0)
+        elif field.default is not dataclasses.MISSING:
+            assert value == field.default

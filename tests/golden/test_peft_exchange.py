@@ -56,7 +56,7 @@ def saved_by_peft(model: nn.Module, folder: Path, **settings: Any) -> Any:
 
 
 def difference(first: Tensor, second: Tensor) -> float:
-    return float((first - second).abs().max())
+    return float((first - second).detach().abs().max())
 
 
 # Export
@@ -85,7 +85,7 @@ def test_peft_loads_an_export_and_computes_the_same(method: trimtab.Method, tmp_
     loaded = peft.PeftModel.from_pretrained(bare, tmp_path, autocast_adapter_dtype=False)
     assert difference(model(TOKENS), loaded(TOKENS)) < 1e-12
     with adapter.disabled():
-        assert difference(model(TOKENS), loaded(TOKENS)) > 0.01
+        assert difference(model(TOKENS), loaded(TOKENS)) > 1e-3
     assert receipt.relative_error < 1e-15
     assert config_of(tmp_path)["lora_alpha"] == config_of(tmp_path)["r"] == receipt.rank
     assert set(receipt.modules) == {site.path for part in adapter.parts for site in part.sites}
@@ -163,7 +163,7 @@ def test_the_stated_error_is_that_of_the_written_numbers(tmp_path: Path) -> None
     (leaf,) = adapter.leaves()
     start = f"base_model.model.{leaf.site.path}.lora_"
     written = weights(tmp_path)[f"{start}B.weight"] @ weights(tmp_path)[f"{start}A.weight"]
-    wanted = leaf.method.delta(leaf)
+    wanted = leaf.method.delta(leaf).detach()
     values = torch.linalg.svdvals(wanted)
     assert receipt.relative_error == pytest.approx(float((written - wanted).norm() / wanted.norm()), rel=1e-4)
     assert receipt.relative_error == pytest.approx(float(values[4:].norm() / values.norm()), rel=1e-4)
@@ -185,7 +185,7 @@ def test_the_stated_error_is_that_of_the_written_numbers(tmp_path: Path) -> None
 )
 def test_a_saved_peft_lora_is_read_with_the_same_outputs(settings: dict[str, Any], tmp_path: Path) -> None:
     model = layers()
-    targets = ["embedding", "linear", "transposed", "plain", "grouped"]
+    targets = ["embedding", "linear", "transposed", "plain"]
     wrapped = saved_by_peft(copy.deepcopy(model), tmp_path, target_modules=targets, **settings)
     base = model(TOKENS)
     adapter = import_adapter(model, tmp_path, name="theirs")
@@ -194,6 +194,24 @@ def test_a_saved_peft_lora_is_read_with_the_same_outputs(settings: dict[str, Any
     assert difference(model(TOKENS), base) > 0.01
     adapter.detach()
     assert torch.equal(model(TOKENS), base)
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd")
+def test_a_grouped_convolution_is_read_where_it_stays_within_its_groups(tmp_path: Path) -> None:
+    model = layers()
+    adapter = trained(model, trimtab.LoRA(rank=4, targets="grouped"))
+    export_lora(adapter, tmp_path / "ours")
+    own = [tensor.clone() for tensor in adapter.parameters()]
+    adapter.detach()
+    back = import_adapter(model, tmp_path / "ours")
+    assert all(torch.equal(*pair) for pair in zip(own, back.parameters(), strict=True))
+    back.detach()
+    saved_by_peft(copy.deepcopy(model), tmp_path / "theirs", r=4, target_modules=["grouped"])
+    with pytest.raises(
+        trimtab.AdapterFileError, match=r"'grouped' is a convolution with groups, and the A trained there"
+    ):
+        import_adapter(model, tmp_path / "theirs")
+    assert not trimtab.adapters(model)
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
@@ -205,10 +223,13 @@ def test_a_saved_peft_dora_is_read_with_the_same_outputs(tmp_path: Path) -> None
     assert difference(model(TOKENS), wrapped(TOKENS)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
-def test_from_peft_and_back_is_bit_equal(name: str, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize(
+    ("name", "targets"), [("llama", "all-linear"), ("gpt2", "all-linear"), ("bert", ["query", "value"])]
+)
+def test_from_peft_and_back_is_bit_equal(name: str, targets: Any, tmp_path: Path) -> None:
     entry = ZOO[name]()
-    saved_by_peft(copy.deepcopy(entry.model), tmp_path / "theirs", r=4, lora_alpha=4, target_modules="all-linear")
+    saved_by_peft(copy.deepcopy(entry.model), tmp_path / "theirs", r=4, lora_alpha=4, target_modules=targets)
     adapter = import_adapter(entry.model, tmp_path / "theirs")
     export_lora(adapter, tmp_path / "ours")
     theirs, ours = weights(tmp_path / "theirs"), weights(tmp_path / "ours")
@@ -420,7 +441,7 @@ def test_an_adapter_of_another_model_names_the_nearest_module(llama: ZooModel, t
             trimtab.BitFit(),
             r"BitFit trains bias of '.*' and not all of the module; peft saves whole modules only",
         ),
-        ("llama", trimtab.FullTuning(targets="head"), r"adds nothing to a weight: there is no LoRA to write"),
+        ("bert", trimtab.FullTuning(targets="head"), r"adds nothing to a weight: there is no LoRA to write"),
         (
             "mixtral",
             trimtab.LoRA(targets="experts"),

@@ -18,6 +18,7 @@ from trimtab.contract.case import (
     ROUNDING,
     Case,
     ContractViolation,
+    NotApplicable,
     attached,
     capabilities_of,
     difference,
@@ -27,8 +28,10 @@ from trimtab.contract.case import (
     require_base_kept,
     trained,
 )
+from trimtab.contract.weights import effective_parameters, substitute
 from trimtab.errors import TrimtabError
 from trimtab.hooks import base_state_dict
+from trimtab.kinds.weight import WeightMethod
 from trimtab.method import Method
 from trimtab.storage import load
 
@@ -107,22 +110,34 @@ def _live_tensors() -> tuple[int, int]:
     return len(found), sum(tensor.untyped_storage().nbytes() for tensor in found if not tensor.is_meta)
 
 
-def copies_are_independent(method: Method, case: Case) -> None:
-    """deepcopy and pickle give the same output bit for bit; a copy's adapter acts on the copy alone."""
+def deepcopies_are_independent(method: Method, case: Case) -> None:
+    """A deepcopy gives the same output bit for bit, and its adapter acts on the copy alone."""
     adapter = trained(case, method)
-    beside = case.output(adapter.model)
+    _expect_twin(method, case, adapter, copy.deepcopy(adapter.model))
+
+
+def pickles_are_independent(method: Method, case: Case) -> None:
+    """A pickled and restored model gives the same output bit for bit, and its adapter acts on it alone."""
+    local = [type(part).__qualname__ for part in method.parts() if "<locals>" in type(part).__qualname__]
+    if local:
+        raise NotApplicable(f"Python cannot pickle the local class {local[0]}")
+    adapter = trained(case, method)
     restored = pickle.loads(pickle.dumps(adapter.model))  # noqa: S301 - bytes of our own making
-    for way, model in (("deepcopy", copy.deepcopy(adapter.model)), ("pickle", restored)):
-        expect_same(f"output of the {way}", case.output(model), beside)
-        twin = adapters(model)[adapter.name]
-        with torch.no_grad():
-            for parameter in twin.parameters():
-                parameter.add_(1.0)
-        expect_same(f"output after changing the {way}", case.output(adapter.model), beside)
-        twin.detach()
-        expect_same(f"output after detaching the {way}'s adapter", case.output(adapter.model), beside)
-        if capabilities_of(method).keeps_base:
-            expect_same(f"output of the detached {way}", case.output(model), case.output(case.build()))
+    _expect_twin(method, case, adapter, restored)
+
+
+def _expect_twin(method: Method, case: Case, adapter: Adapter, model: nn.Module) -> None:
+    beside = case.output(adapter.model)
+    expect_same("output of the copy", case.output(model), beside)
+    twin = adapters(model)[adapter.name]
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1.0)
+    expect_same("output after changing the copy", case.output(adapter.model), beside)
+    twin.detach()
+    expect_same("output after detaching the copy's adapter", case.output(adapter.model), beside)
+    if capabilities_of(method).keeps_base:
+        expect_same("output of the detached copy", case.output(model), case.output(case.build()))
 
 
 def _two(method: Method, case: Case) -> tuple[nn.Module, tuple[Adapter, Adapter], tuple[Tensor, Tensor]] | None:
@@ -158,11 +173,27 @@ def two_adapters_keep_apart(method: Method, case: Case) -> None:
     expect_near("the second of two, the first inactive", case.output(model), alone[1])
     first.active = True
     expect_same("both again", case.output(model), together)
+    if all(isinstance(part, WeightMethod) for part in method.parts()) and not capabilities_of(method).input_dependent:
+        expect_near("two adapters together against the sum of their changes", together, _summed(case, first, second))
     for name, output in zip(("first", "second"), alone, strict=True):
         if difference(together, output) <= ROUNDING:
             raise ContractViolation(f"two adapters together give the output of the {name} alone")
     second.detach()
     expect_near("the first after detaching the second", case.output(model), alone[0])
+
+
+def _summed(case: Case, first: Adapter, second: Adapter) -> Tensor:
+    """The output of the plain model with W plus both changes."""
+    plain = case.build()
+    with torch.no_grad():
+        values = [effective_parameters(adapter) for adapter in (first, second)]
+        joined = {}
+        for path, name in values[0]:
+            stored = plain.get_submodule(path)._parameters[name]
+            base = torch.zeros_like(values[0][path, name]) if stored is None else stored
+            joined[path, name] = values[0][path, name] + values[1][path, name] - base
+        substitute(plain, joined)
+    return case.output(plain)
 
 
 def rows_route_to_their_adapters(method: Method, case: Case) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trimtab.kinds.layouts import ConvolutionLayout, EmbeddingLayout
@@ -26,15 +28,35 @@ def parse_tensor_name(name: str) -> tuple[str, str] | None:
 def named_factors(site: ParameterSite, down: Tensor, up: Tensor) -> dict[str, Tensor]:
     """Return down (*lead, r, in) and up (*lead, out, r) by the file's names and in its shapes.
 
-    A convolution's factors are kernels; an embedding's are parameters of their own, not weights of modules.
+    A convolution's factors are kernels; with groups, its A reads all channels and gets zeros for those of other groups.
+    An embedding's factors are parameters of their own, not weights of modules.
     """
     start = f"{PREFIX}{site.path}.lora_"
     if isinstance(site.layout, EmbeddingLayout):
         return {f"{start}embedding_A": down.contiguous(), f"{start}embedding_B": up.contiguous()}
     if isinstance(site.layout, ConvolutionLayout):
-        kernel = site.shape[1:]  # (in/groups, *kernel)
-        down, up = down.reshape(-1, *kernel), up.reshape(-1, up.shape[-1], *[1] * (len(kernel) - 1))
+        kernel = site.shape[2:]
+        down = _diagonal(_matrices(down)).reshape(-1, math.prod(site.layout.lead) * site.shape[1], *kernel)
+        up = up.reshape(-1, up.shape[-1], *[1] * len(kernel))
     return {f"{start}A.weight": down.contiguous(), f"{start}B.weight": up.contiguous()}
+
+
+def own_down(stored: Tensor, like: Tensor) -> Tensor | None:
+    """Return a file's A in the shape of `like` (*lead, r, in); None where a group of a convolution reads another's."""
+    if len(_matrices(like)) == 1 or stored.numel() != len(_matrices(like)) * like.numel():
+        return stored
+    rank, columns = like.shape[-2:]
+    flat = stored.reshape(len(_matrices(like)) * rank, -1)
+    blocks = [flat[i * rank : (i + 1) * rank, i * columns : (i + 1) * columns] for i in range(len(_matrices(like)))]
+    return torch.stack(blocks) if torch.equal(_diagonal(blocks), flat) else None
+
+
+def _diagonal(blocks: Iterable[Tensor]) -> Tensor:
+    return torch.block_diag(*blocks)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _matrices(factor: Tensor) -> Tensor:
+    return factor.reshape(-1, *factor.shape[-2:])
 
 
 def selects(entries: str | Iterable[str], path: str) -> bool:

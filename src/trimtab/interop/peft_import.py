@@ -20,6 +20,7 @@ from trimtab.interop.peft_format import (
     PREFIX,
     WEIGHTS_FILE,
     in_layers,
+    own_down,
     parse_tensor_name,
     pattern_value,
     saves_whole,
@@ -154,7 +155,7 @@ def _sort_tensors(
     """Return, by module path, the LoRA tensors and the tensors of modules that are saved whole."""
     low: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         parsed = parse_tensor_name(name)
         path, key = parsed or name.rpartition(".")[::2]
         own = path.removesuffix(".base_layer")
@@ -240,12 +241,23 @@ def _fill(file: Path, adapter: Adapter, modules: dict[str, _Module], whole: dict
     for leaf in (leaf for part in adapter.parts for leaf in part.leaves):
         path = leaf.site.path
         if leaf.site.whole:
-            pairs = [(leaf.value, whole[path][leaf.site.parameter])]
-        else:
-            pairs = [(getattr(leaf, key), tensor) for key, tensor in modules[path].tensors.items()]
-        for own, tensor in pairs:
-            if own.numel() != tensor.numel() or (own.dim() == tensor.dim() and own.shape != tensor.shape):
-                found, needed = tuple(tensor.shape), tuple(own.shape)
-                raise AdapterFileError(f"{file}: a tensor of {path!r} has shape {found}, this model needs {needed}.")
-            with torch.no_grad():
-                own.copy_(tensor.reshape(own.shape))
+            _copy(file, path, leaf.value, whole[path][leaf.site.parameter])
+            continue
+        for key, tensor in modules[path].tensors.items():
+            own = getattr(leaf, key)
+            stored = own_down(tensor, own) if key == "A" else tensor
+            if stored is None:
+                raise AdapterFileError(
+                    f"{file}: {path!r} is a convolution with groups, and the A trained there reads the channels of "
+                    f"other groups, which is no change of its weight. Train without this layer."
+                )
+            _copy(file, path, own, stored)
+
+
+def _copy(file: Path, path: str, own: Tensor, stored: Tensor) -> None:
+    """Fill a tensor from the file's; shapes may differ only where the number of dimensions does."""
+    if own.numel() != stored.numel() or (own.dim() == stored.dim() and own.shape != stored.shape):
+        found, needed = tuple(stored.shape), tuple(own.shape)
+        raise AdapterFileError(f"{file}: a tensor of {path!r} has shape {found}, this model needs {needed}.")
+    with torch.no_grad():
+        own.copy_(stored.reshape(own.shape))
