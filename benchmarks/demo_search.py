@@ -1,4 +1,4 @@
-"""The learning rates of the demo: four for each contestant, equal steps, chosen on the validation messages.
+"""The learning rates of the demo: three for each contestant, equal steps, chosen on the validation messages.
 
     python benchmarks/demo_search.py --write
 
@@ -50,7 +50,7 @@ def page(results: dict[str, dict[str, float]]) -> str:
     lines = [
         "# The demo's learning rates",
         "",
-        f"Four rates for each contestant, {EPOCHS:g} epochs of batch {BATCH}, one seed; validation",
+        f"Three rates for each contestant, {EPOCHS:g} epochs of batch {BATCH}, one seed; validation",
         f"accuracy in percent, chosen rate in bold. Written on {date.today()} by",
         "`python benchmarks/demo_search.py --write`.",
         "",

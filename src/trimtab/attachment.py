@@ -112,4 +112,5 @@ def refuse_sharded(model: nn.Module, action: str, remedy: str) -> None:
         wrapper = isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel)
         sharded = any(cls.__name__ in ("FSDPModule", "FullyShardedDataParallel") for cls in type(module).__mro__)
         if wrapper or sharded:
-            raise AttachError(f"cannot {action} a model that is already distributed ({name or 'the root'!r}). {remedy}")
+            where = repr(name) if name else "the root"
+            raise AttachError(f"cannot {action} a model that is already distributed ({where}). {remedy}")

@@ -101,7 +101,7 @@ def _call_through(module: Any, forward: Call, args: tuple[Any, ...], kwargs: dic
 def _rebuild(base: type[nn.Module], parameters: tuple[str, ...]) -> nn.Module:
     """Recreate an instance of a generated class; used by pickle and deepcopy."""
     cls = hooked_class(base, parameters)  # type: ignore[arg-type]
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
 def _reader(name: str) -> property:
@@ -126,7 +126,11 @@ def hooked_class(base: type[nn.Module], parameters: tuple[str, ...] = ()) -> typ
         rest: Any = object.__reduce_ex__(self, max(2, int(protocol)))[2:]
         return (_rebuild, (base, parameters), *rest)
 
+    def new(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+        return base(*args, **kwargs)  # type(model)(…) asks for another model: one without adapters
+
     namespace: dict[str, Any] = {
+        "__new__": new,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,

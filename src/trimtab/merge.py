@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.attachment import refuse_sharded
 from trimtab.errors import AttachError
 from trimtab.kinds.edits import Edit
 from trimtab.quantized import is_packed
@@ -67,6 +68,7 @@ def restore(record: Merged) -> None:
 
 def merge_leaves(adapter: Adapter, untie: bool, probe: Any) -> Receipt:
     """Merge every leaf of the adapter; raises AttachError where that is impossible or would change nothing."""
+    refuse_sharded(adapter.model, "merge an adapter into", "Save the adapter and merge it into an unwrapped model.")
     if adapter.merged:
         raise AttachError(f"adapter {adapter.name!r} is merged already.")
     others = [name for name, other in adapter.attached.adapters.items() if other.merged]

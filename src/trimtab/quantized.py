@@ -44,13 +44,22 @@ def is_packed(module: nn.Module, parameter: str = "weight") -> bool:
     return bool(tensor_names & quantised) or not weight.dtype.is_floating_point
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """Return the tensor itself, or gathered where processes hold shards of it: then all of them must call this."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return tensor
+    sharded: Any = tensor
+    names = {cls.__name__ for cls in type(tensor).__mro__}
+    return sharded.full_tensor() if "DTensor" in names else tensor
+
+
 def dense_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
-    """Return the weight as a float tensor in its storage orientation, dequantised if it is packed; not recorded."""
+    """Return the whole weight as a float tensor in its storage orientation, dequantised if packed; not recorded."""
     weight = module._parameters[parameter]
     if weight is None:
         raise AttachError(f"{type(module).__name__} has no {parameter}.")
     if not is_packed(module, parameter):
-        return weight.detach()
+        return whole(weight.detach())
     with torch.no_grad():
         return _dequantise(module, weight)
 

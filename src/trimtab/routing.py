@@ -30,36 +30,41 @@ class Route:
     groups: dict[str | None, Tensor]
     inverse: Tensor
 
-    def index(self, name: str | None, tensor: Tensor) -> Tensor:
-        """Return the positions along dimension 0 that belong to one adapter; rows may be flattened with tokens."""
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """Return the rows of each adapter, in the order of `groups`; views, where the batch lies in that order."""
+        sizes = [len(rows) * self._entries(tensor) for rows in self.groups.values()]
+        tensor = self._arranged(tensor, torch.cat(list(self.groups.values())))
+        return [tensor[end - size : end] for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
+
+    def restore(self, pieces: list[Tensor]) -> Tensor:
+        """Put the groups' rows back into the order of the batch."""
+        return self._arranged(torch.cat(pieces), self.inverse)
+
+    @functools.cached_property
+    def _in_order(self) -> bool:
+        return self.inverse.tolist() == list(range(len(self.rows)))
+
+    def _arranged(self, tensor: Tensor, order: Tensor) -> Tensor:
+        entries = self._entries(tensor)
+        if self._in_order:
+            return tensor
+        positions = order if entries == 1 else (order.unsqueeze(1) * entries + torch.arange(entries)).view(-1)
+        return tensor.index_select(0, positions.to(tensor.device))
+
+    def _entries(self, tensor: Tensor) -> int:
+        """Return how many entries of dimension 0 belong to one row: rows may be flattened with tokens."""
         rows, total = len(self.rows), tensor.shape[0]
-        if total == rows:
-            return self.groups[name].to(tensor.device)
         if total % rows:
             raise AttachError(
                 f"a routed batch of {rows} rows reached a module with {total} entries in its first dimension; "
                 f"the rows cannot be told apart there."
             )
-        return _spread(self.groups[name], total // rows).to(tensor.device)
+        return total // rows
 
     def only(self, name: str | None) -> Route:
         """Return the route of a batch that holds this adapter's rows alone."""
         order = torch.arange(len(self.groups[name]))
         return Route((name,) * len(order), self.ticket, {name: order}, order)
-
-    def restore(self, pieces: list[Tensor]) -> Tensor:
-        """Put the groups' rows back into the order of the batch."""
-        joined = torch.cat(pieces)
-        order = (
-            self.inverse
-            if joined.shape[0] == len(self.rows)
-            else _spread(self.inverse, joined.shape[0] // len(self.rows))
-        )
-        return joined.index_select(0, order.to(joined.device))
-
-
-def _spread(rows: Tensor, factor: int) -> Tensor:
-    return (rows.unsqueeze(1) * factor + torch.arange(factor)).view(-1)
 
 
 @dataclass
@@ -157,11 +162,9 @@ def _beside(route: Route, call: Call, leaves: list[Leaf], args: tuple[Any, ...],
     x = args[0] if args else next(iter(kwargs.values()))
     y = call(*args, **kwargs)
     pieces = []
-    for name in route.groups:
-        rows = route.index(name, x)
-        piece = y.index_select(0, rows)
+    for name, own_x, piece in zip(route.groups, route.split(x), route.split(y), strict=True):
         for leaf in _members(leaves, name):
-            piece = leaf(x.index_select(0, rows), piece)
+            piece = leaf(own_x, piece)
         pieces.append(piece)
     return route.restore(pieces)
 
@@ -170,20 +173,15 @@ def _apart(
     routing: Routing, route: Route, call: Call, leaves: list[Leaf], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Run the module once for each adapter, on that adapter's rows; so do the modules inside it."""
+    shares, named = [_shares(route, value) for value in args], {k: _shares(route, v) for k, v in kwargs.items()}
     outputs = []
-    for name in route.groups:
+    for position, name in enumerate(route.groups):
         chain = call
         for leaf in _members(leaves, name):
             chain = functools.partial(leaf.around, chain)
-
-        def pick(value: Any, name: str | None = name) -> Any:
-            return (
-                value.index_select(0, route.index(name, value)) if isinstance(value, Tensor) and value.dim() else value
-            )
-
         routing.route = route.only(name)
         try:
-            outputs.append(chain(*map(pick, args), **{key: pick(value) for key, value in kwargs.items()}))
+            outputs.append(chain(*(s[position] for s in shares), **{k: s[position] for k, s in named.items()}))
         finally:
             routing.route = route
     if isinstance(outputs[0], Tensor):
@@ -191,6 +189,11 @@ def _apart(
     if isinstance(outputs[0], tuple) and isinstance(outputs[0][0], Tensor) and not any(outputs[0][1:]):
         return (route.restore([output[0] for output in outputs]), *outputs[0][1:])
     raise AttachError(f"a routed module returned {type(outputs[0]).__name__}, whose rows cannot be put together again.")
+
+
+def _shares(route: Route, value: Any) -> list[Any]:
+    """Return each adapter's part of an argument: its rows of a tensor, all of anything else."""
+    return route.split(value) if isinstance(value, Tensor) and value.dim() else [value] * len(route.groups)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from trimtab.attach import build, resolved_part
 from trimtab.errors import AdapterFileError, SettingError, TargetError, TrimtabError
 from trimtab.fingerprint import difference, fingerprint
 from trimtab.method import Method
+from trimtab.quantized import whole
 from trimtab.structure import Structure
 from trimtab.targets import Item
 from trimtab.version import __version__
@@ -38,11 +39,12 @@ def save_adapter(adapter: Adapter, path: str | Path, training: bool) -> Path:
     """Write the adapter's file at `path` (a folder, or a .safetensors file) and return it; raises AdapterFileError.
 
     The file is written beside its place, flushed, read back, compared, and renamed: a reader finds the old adapter or
-    the new one. A folder also gets a README.md for people, which nothing reads back.
+    the new one. A folder also gets a README.md for people, which nothing reads back. On a model that is sharded over
+    processes each of them must call this; each writes the same bytes.
     """
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / FILE_NAME
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.file_tensors(training)}
+    tensors = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in adapter.file_tensors(training)}
     if not tensors:
         raise AdapterFileError(f"{file}: adapter {adapter.name!r} holds no tensors to save.")
     for name, tensor in tensors.items():
@@ -65,7 +67,7 @@ def _header(adapter: Adapter, tensors: dict[str, Tensor], training: bool) -> dic
         "seed": adapter.seed,
         "base_mode": adapter.base_mode,
         "dtype": str(next(adapter.parameters()).dtype).removeprefix("torch."),
-        "seeded": {name: digest(tensor) for name, tensor, spec in adapter.named_tensors() if spec.stored == "seed"},
+        "seeded": {name: digest(whole(t)) for name, t, spec in adapter.named_tensors() if spec.stored == "seed"},
         "sha256": hashlib.sha256(tensor_bytes(safetensors.torch.save(tensors))).hexdigest(),
         "fingerprint": fingerprint(adapter.model, replaced_by(adapter)),
         "lineage": list(adapter.lineage),

@@ -39,22 +39,22 @@ def _adapter(key: str, name: str, method: Method, lr: float, searched: tuple[flo
 
 
 HEAD = FullTuning(targets="classifier", lr_scale=20.0)
-SMALL, LARGE = (1e-3, 2e-3, 4e-3, 8e-3), (3e-3, 1e-2, 3e-2, 1e-1)
+SMALL, LARGE = (1e-3, 2e-3, 4e-3), (3e-3, 1e-2, 3e-2)
 
 CONTESTANTS = (
-    Contestant("linear-probe", "linear probe", LinearProbe(), 1e-1, (1e-2, 3e-2, 1e-1, 3e-1), reference=True),
+    Contestant("linear-probe", "linear probe", LinearProbe(), 1e-1, (3e-2, 1e-1, 3e-1), reference=True),
     Contestant(
         "full", "full fine-tuning", Compose(FullTuning(targets="all - classifier"), HEAD), 2e-4,
-        (5e-5, 1e-4, 2e-4, 4e-4), reference=True,
+        (1e-4, 2e-4, 4e-4), reference=True,
     ),
-    _adapter("lora", "LoRA", LoRA(rank=8), 4e-3, SMALL),
-    _adapter("dora", "DoRA", DoRA(rank=8), 4e-3, SMALL),
+    _adapter("lora", "LoRA", LoRA(rank=8), 2e-3, SMALL),
+    _adapter("dora", "DoRA", DoRA(rank=8), 2e-3, SMALL),
     _adapter("paca", "PaCA", PaCA(rank=16), 2e-3, SMALL),
-    _adapter("houlsby", "Houlsby adapter", HoulsbyAdapter(bottleneck=32), 4e-3, SMALL),
-    _adapter("parallel", "scaled parallel adapter", ParallelAdapter(bottleneck=64), 4e-3, SMALL),
-    _adapter("ssf", "SSF", SSF(), 1e-2, LARGE),
-    _adapter("bitfit", "BitFit", BitFit(), 1e-2, LARGE),
-    _adapter("ia3", "(IA)³", IA3(), 3e-2, LARGE),
+    _adapter("houlsby", "Houlsby adapter", HoulsbyAdapter(bottleneck=32), 2e-3, SMALL),
+    _adapter("parallel", "scaled parallel adapter", ParallelAdapter(bottleneck=64), 2e-3, SMALL),
+    _adapter("ssf", "SSF", SSF(), 3e-3, LARGE),
+    _adapter("bitfit", "BitFit", BitFit(), 3e-3, LARGE),
+    _adapter("ia3", "(IA)³", IA3(), 1e-2, LARGE),
 )  # fmt: skip
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.kinds.initial import lora_start
@@ -74,7 +74,7 @@ class DoRA(WeightMethod):
         layout, factors = leaf.site.layout, self.factors(leaf)
         if not (leaf.training and self.dropout > 0.0 and x.is_floating_point()):
             return self._rescaled(leaf, add_update(layout, leaf.target, x, y, factors, training=False))
-        dropped = F.dropout(x.to(leaf.A.dtype), self.dropout)
+        dropped = torch.dropout(x.to(leaf.A.dtype), self.dropout, train=True)
         product = reference_update(leaf, dropped, leaf.weight().to(leaf.A.dtype))
         changed = add_update(layout, leaf.target, dropped, product, factors, training=False)
         ratio = layout.channels(_ratio(leaf, self._squared_norm(leaf)), changed)
@@ -82,15 +82,14 @@ class DoRA(WeightMethod):
 
     def _rescaled(self, leaf: WeightLeaf, y: Tensor) -> Tensor:
         """Scale all of an output but its bias; written as a difference, so that the start is the base exactly."""
-        layout, bias = leaf.site.layout, leaf.bias()
-        ratio = layout.channels(_ratio(leaf, self._squared_norm(leaf)), y)
-        linear = y if bias is None else y - layout.channels(bias, y)
-        return y + ((ratio - 1.0) * linear).to(y.dtype)
+        axis, ratio = leaf.site.layout.axis, _ratio(leaf, self._squared_norm(leaf)).flatten()
+        output: Tensor = _Rescaled.apply(y.movedim(axis, -1), ratio, leaf.bias())  # type: ignore[no-untyped-call]
+        return output.movedim(-1, axis)
 
     def _squared_norm(self, leaf: WeightLeaf) -> Tensor:
         A, B = leaf.A, leaf.B
         with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
-            cross = ((leaf.weight().to(A.dtype) @ A.mT) * B).sum(-1)
+            cross = ((A @ leaf.weight().to(A.dtype).mT).mT * B).sum(-1)  # thin factor first: several times faster
             gram = ((B @ (A @ A.mT)) * B).sum(-1)  # (out, r) · (r, r)
             squared: Tensor = leaf.squared_norm + 2.0 * self.scale * cross + self.scale**2 * gram
         return squared
@@ -99,3 +98,23 @@ class DoRA(WeightMethod):
 def _ratio(leaf: WeightLeaf, squared_norm: Tensor) -> Tensor:
     """Return m/‖·‖ (*lead, out); a row of zeros stays one instead of becoming 0/0."""
     return leaf.magnitude / squared_norm.clamp_min(torch.finfo(squared_norm.dtype).tiny).sqrt()
+
+
+class _Rescaled(torch.autograd.Function):
+    """y + (ratio − 1)·(y − bias) for y (..., out); keeps its output, which the next operation often keeps too."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, ratio: Tensor, bias: Tensor | None) -> Tensor:
+        output = ((ratio - 1.0) * (y if bias is None else y - bias)).to(y.dtype).add_(y)
+        ctx.save_for_backward(output, ratio, bias)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        output, ratio, bias = ctx.saved_tensors
+        axes = tuple(range(grad.dim() - 1))
+        scaled = (grad * (output if bias is None else output - bias)).sum(axes, dtype=ratio.dtype)
+        grad_ratio = torch.where(ratio == 0.0, 0.0, scaled / ratio)  # zero only for rows of zeros, which never learn
+        grad_bias = (grad * (1.0 - ratio)).sum(axes).to(grad.dtype) if ctx.needs_input_grad[2] else None
+        return (grad * ratio).to(grad.dtype), grad_ratio, grad_bias

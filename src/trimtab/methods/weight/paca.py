@@ -110,9 +110,9 @@ class _WithColumns(torch.autograd.Function):
         wide, grad_x, needs = rows.to(change.dtype), None, ctx.needs_input_grad
         if needs[0]:
             grad_x = rows.new_zeros(len(rows), ctx.shape[-1]) if weight is None else torch.mm(rows, weight)
-            grad_x.index_add_(1, index.long(), torch.mm(wide, change).to(grad_x.dtype), alpha=ctx.scale)
+            grad_x.index_add_(1, index.long(), torch.mm(change.t(), wide.t()).t().to(grad_x.dtype), alpha=ctx.scale)
             grad_x = grad_x.view(ctx.shape)
-        grad_change = torch.mm(wide.t(), selected.to(change.dtype)).mul_(ctx.scale) if needs[4] else None
+        grad_change = torch.mm(selected.to(change.dtype).t(), wide).mul_(ctx.scale).t() if needs[4] else None
         grad_weight = torch.mm(rows.t(), whole.reshape(len(rows), -1)) if needs[2] else None
         grad_bias = rows.sum(0) if needs[3] else None
         return grad_x, grad if needs[1] else None, grad_weight, grad_bias, grad_change, None, None
