@@ -9,6 +9,7 @@ import random
 import statistics
 import subprocess
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -128,21 +129,28 @@ def spread(seconds: Sequence[float], reference: Sequence[float]) -> float:
     return (third - first) / 2
 
 
+@dataclass(eq=False)
+class _Kept:
+    """What autograd holds in place of a saved tensor; it lives as long as the graph's node does."""
+
+    tensor: Tensor
+
+
 def saved_bytes(contender: Contender) -> int:
     """Return the bytes of distinct storages that one forward keeps for the backward pass, without the model's own."""
     own = {t.untyped_storage().data_ptr() for t in (*contender.model.parameters(), *contender.model.buffers())}
-    held: dict[int, int] = {}
+    kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def pack(tensor: Tensor) -> _Kept:
+        holder = _Kept(tensor)
+        kept.add(holder)
+        return holder
 
-    # The loss keeps the graph, and the graph every packed tensor: no storage is freed and its address used again.
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
         loss = contender.forward()
-    total = sum(held.values())
+    gc.collect()  # parts of the graph that nothing leads back to are gone now
+    storages = {s.data_ptr(): s.nbytes() for s in (holder.tensor.untyped_storage() for holder in kept)}
+    total = sum(size for address, size in storages.items() if address not in own)
     del loss
     return total
 

@@ -66,7 +66,8 @@ def attach_ratios(repeats: int) -> tuple[float, float]:
     def add_to_peft(model: Any, index: int) -> None:
         model.add_adapter(f"a{index}", config)
 
-    own = attach_ratio(base, repeats, lambda model, i: tt.attach(model, tt.LoRA(rank=8), f"a{i}"), lambda model: model)
+    method = tt.LoRA(rank=8)
+    own = attach_ratio(base, repeats, lambda model, i: tt.attach(model, method, f"a{i}"), lambda model: model)
     # peft's wrapper cannot be made without a first adapter; the first one added to it is taken as its first.
     other = attach_ratio(base, repeats, add_to_peft, lambda model: peft.get_peft_model(model, config, "first"))
     return own, other

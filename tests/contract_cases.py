@@ -7,6 +7,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from trimtab.check import Case
@@ -29,11 +30,18 @@ def pristine(name: str) -> ZooModel:
 
 
 def build(name: str) -> nn.Module:
-    return copy.deepcopy(pristine(name).model)
+    """A copy; it fills no cache unless it is asked to, since checkpointing would fill it twice."""
+    model = copy.deepcopy(pristine(name).model)
+    for module in model.modules() if pristine(name).generates else ():
+        if isinstance(module, transformers.PreTrainedModel):
+            module.config.use_cache = False
+    return model
 
 
 def primary(name: str, output: Any) -> Tensor:
-    return pristine(name).main_output(output)
+    """The main output; CLIP's with the similarity of each pair, so that its temperature is used."""
+    main = pristine(name).main_output(output)
+    return torch.cat([main, output.logits_per_image.diagonal().unsqueeze(1)], dim=1) if name == "clip" else main
 
 
 def generate(name: str, model: Any, cached: bool) -> Tensor:

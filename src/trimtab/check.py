@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from trimtab.contract import execution, files, life, training, weights
+from trimtab.contract import execution, files, life, quantised, training, weights
 from trimtab.contract.case import Case, ContractViolation, attached
 from trimtab.contract.instances import small_instance
 from trimtab.contract.models import built_in_cases
 from trimtab.contract.report import ContractReport, Invariant, outcome_of
-from trimtab.errors import SettingError, suggestion
+from trimtab.errors import SettingError, TrainingError, suggestion
 from trimtab.method import Method, check_settings
 
 __all__ = [
@@ -53,6 +53,7 @@ INVARIANTS: dict[str, Invariant] = {
         execution.checkpoints,
         execution.checkpoints_reentrantly,
         execution.compiles_whole,
+        quantised.runs_on_quantised_base,
         execution.looks_back_only,
         execution.generates_from_a_cache,
         execution.refuses_instance_forward,
@@ -111,5 +112,5 @@ def check_invariant(name: str, method: Method, case: Case) -> None:
     """Check one invariant on one case; raises ContractViolation naming all three, and a refusal as it is."""
     try:
         INVARIANTS[name](method, case)
-    except ContractViolation as violation:
+    except (ContractViolation, TrainingError) as violation:
         raise ContractViolation(f"{type(method).__name__} on {case.name!r}, {name}: {violation}") from violation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -251,13 +252,18 @@ def _subclasses(base: type[Method]) -> Iterator[type[Method]]:
         yield from _subclasses(child)
 
 
-def methods() -> dict[str, type[Method]]:
-    """Return every known method by name: built in, installed by entry point, or defined in this process."""
+@functools.cache
+def _import_methods() -> None:
     package = importlib.import_module("trimtab.methods")
     for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(info.name)
     for entry in importlib.metadata.entry_points(group="trimtab.methods"):
         entry.load()
+
+
+def methods() -> dict[str, type[Method]]:
+    """Return every known method by name: built in, installed by entry point, or defined in this process."""
+    _import_methods()
     found = {cls.__name__: cls for cls in _subclasses(Method) if "capabilities" in cls.__dict__}
     return dict(sorted(found.items()))
 

@@ -46,11 +46,8 @@ def is_packed(module: nn.Module, parameter: str = "weight") -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """Return the tensor itself, or gathered where processes hold shards of it: then all of them must call this."""
-    if type(tensor) in (Tensor, nn.Parameter):
-        return tensor
     sharded: Any = tensor
-    names = {cls.__name__ for cls in type(tensor).__mro__}
-    return sharded.full_tensor() if "DTensor" in names else tensor
+    return sharded.full_tensor() if type(tensor).__name__ == "DTensor" else tensor
 
 
 def dense_weight(module: nn.Module, parameter: str = "weight") -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -116,17 +117,10 @@ def report_of(adapter: Adapter) -> Report:
         groups |= {str(site): part.specs[str(site)] for site in part.sites}
         for site, specs in groups.items():
             learned = [spec for spec in specs.values() if spec.trainable]
-            count = sum(_numel(spec.shape) for spec in learned)
+            count = sum(math.prod(spec.shape) for spec in learned)
             rows.append(Row(site, method, size_text(spec.shape for spec in learned), count))
     own = {id(tensor) for _, tensor, _ in adapter.named_tensors()}
     base = sum(p.numel() for p in adapter.model.parameters() if id(p) not in own)
     return Report(
         adapter.name, tuple(rows), adapter.trainable_count, base, adapter.trainable, adapter.active, adapter.merged
     )
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -99,11 +99,9 @@ class Routing:
         self._check_recomputation(self.route)
         if not leaves:
             return call(*args, **kwargs)
-        for leaf in leaves:
-            if not leaf.method.capabilities.routable:
-                raise AttachError(
-                    f"{type(leaf.method).__name__} (adapter {leaf.state.name!r}) cannot be routed by rows."
-                )
+        fixed = next((leaf for leaf in leaves if not leaf.method.promises().routable), None)
+        if fixed is not None:
+            raise AttachError(f"{type(fixed.method).__name__} (adapter {fixed.state.name!r}) cannot be routed by rows.")
         beside = all(leaf.beside for leaf in leaves)
         apply = _beside if beside else functools.partial(_apart, self)
         output = apply(self.route, call, leaves, args, kwargs)
@@ -184,11 +182,19 @@ def _apart(
             outputs.append(chain(*(s[position] for s in shares), **{k: s[position] for k, s in named.items()}))
         finally:
             routing.route = route
-    if isinstance(outputs[0], Tensor):
-        return route.restore(outputs)
-    if isinstance(outputs[0], tuple) and isinstance(outputs[0][0], Tensor) and not any(outputs[0][1:]):
-        return (route.restore([output[0] for output in outputs]), *outputs[0][1:])
-    raise AttachError(f"a routed module returned {type(outputs[0]).__name__}, whose rows cannot be put together again.")
+    return _joined(route, outputs)
+
+
+def _joined(route: Route, outputs: Sequence[Any]) -> Any:
+    """Put the rows of tensors together, also inside tuples; what all calls returned alike (a cache, None) stays."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return route.restore(list(outputs))
+    if type(first) is tuple:
+        return tuple(_joined(route, members) for members in zip(*outputs, strict=True))
+    if all(output is first for output in outputs):
+        return first
+    raise AttachError(f"a routed module returned {type(first).__name__}, whose rows cannot be put together again.")
 
 
 def _shares(route: Route, value: Any) -> list[Any]:

@@ -124,7 +124,7 @@ class Structure:
     def _attention_at(self, path: str, module: nn.Module) -> Attention | None:
         if isinstance(module, nn.MultiheadAttention):
             return Attention(path, None, None, None, None, None)
-        children = {name: linear_features(c) for name, c in module.named_children() if not isinstance(c, Leaf)}
+        children = {name: linear_features(c) for name, c in _children(module)}
         shapes = {name: shape for name, shape in children.items() if shape is not None}
         prefix = path + "." if path else ""
         letters = {m["letter"]: name for name in shapes if (m := _QUERY_KEY_VALUE.search(name.lower()))}
@@ -254,15 +254,18 @@ def _base_modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module
     seen: set[int] = set()
 
     def walk(current: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        if id(current) in seen or isinstance(current, Leaf):
+        if id(current) in seen:
             return
         seen.add(id(current))
         yield name, current
-        for key, child in current._modules.items():
-            if child is not None:
-                yield from walk(child, f"{name}.{key}" if name else key)
+        for key, child in _children(current):
+            yield from walk(child, f"{name}.{key}" if name else key)
 
     yield from walk(module, path)
+
+
+def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((key, child) for key, child in module._modules.items() if child is not None and not isinstance(child, Leaf))
 
 
 def _common_path(paths: list[str]) -> str:

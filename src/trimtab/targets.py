@@ -108,7 +108,7 @@ ROLES: dict[str, Callable[[Structure], list[Item]]] = {
     "block": lambda s: _paths(*s.blocks),
     "head": lambda s: _paths(s.head),
     "bias": lambda s: _parameters(s, lambda name, p: name.endswith("bias") and p.dim() == 1),
-    "all": lambda s: _parameters(s, lambda name, p: p.dtype.is_floating_point),
+    "all": lambda s: _parameters(s, lambda name, p: True),
 }
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,23 +65,37 @@ class Case:
         return self.primary(model(**(self.inputs if inputs is None else inputs)))
 
     def output(self, model: nn.Module) -> Tensor:
-        """Return the output in evaluation mode, without gradient and without torch's native attention kernels.
+        """Return the output in evaluation mode, computed in the same way whatever the model's parameters want.
 
-        The native kernels round otherwise than the plain ones; where both run, equal bits could not be asked for.
+        torch's native attention kernels round otherwise than the plain ones, and attention is computed in another way
+        where a parameter requires a gradient, even without recording: equal bits could not be asked for.
         """
         model.eval()
-        enabled = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
-            with torch.no_grad():
+            for parameter in learning:
+                parameter.requires_grad_(False)
+            with torch.no_grad(), plain_attention():
                 return self.forward(model).detach()
         finally:
-            torch.backends.mha.set_fastpath_enabled(enabled)
+            for parameter in learning:
+                parameter.requires_grad_(True)
 
     def converted(self, dtype: torch.dtype) -> Case:
         """Return the case with its real-valued inputs in another precision."""
         inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.inputs.items()}
         return dataclasses.replace(self, inputs=inputs)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Keep torch from its native attention kernels inside the `with`."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def objective(output: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from trimtab.contract.case import (
     gradients,
     objective,
     optimizer_of,
+    plain_attention,
     train,
     trained,
 )
@@ -66,7 +67,7 @@ def trains_on_bfloat16_base(method: Method, case: Case) -> None:
 def runs_under_autocast(method: Method, case: Case) -> None:
     """Under autocast the output is the float32 one within bfloat16, and gradients have the parameters' dtype."""
     adapter = trained(case, method)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16), plain_attention():
         low = case.forward(adapter.model)
         found = gradients(adapter, objective(low))
         base_low = case.output(case.build())
@@ -143,12 +144,14 @@ def _expect_checkpointing_refused(case: Case, adapter: Adapter) -> None:
 
 def checkpoints(method: Method, case: Case) -> None:
     """Activation checkpointing without reentry gives the same output and gradients, or is refused as declared."""
-    _checkpoints(method, case, reentrant=False)
+    with plain_attention():
+        _checkpoints(method, case, reentrant=False)
 
 
 def checkpoints_reentrantly(method: Method, case: Case) -> None:
     """Reentrant activation checkpointing gives the same output and gradients, or is refused as declared."""
-    _checkpoints(method, case, reentrant=True)
+    with plain_attention():
+        _checkpoints(method, case, reentrant=True)
 
 
 def compiles_whole(method: Method, case: Case) -> None:

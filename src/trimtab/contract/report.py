@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trimtab.contract.case import Case, ContractViolation, NotApplicable
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrainingError, TrimtabError
 from trimtab.method import Method
 from trimtab.report import table
 
@@ -32,13 +32,15 @@ class Outcome:
 
 
 def outcome_of(check: Invariant, method: Method, case: Case, name: str) -> Outcome:
-    """Run one invariant. A TrimtabError is a refusal, never a pass; any other error is a violation."""
+    """Run one invariant. A TrimtabError is a refusal, never a pass; a TrainingError or any other is a violation."""
     try:
         check(method, case)
     except ContractViolation as violation:
         return Outcome(name, type(method).__name__, case.name, "violated", str(violation))
     except NotApplicable as reason:
         return Outcome(name, type(method).__name__, case.name, "not applicable", str(reason))
+    except TrainingError as unreached:  # attached, and then it does not train
+        return Outcome(name, type(method).__name__, case.name, "violated", str(unreached))
     except TrimtabError as refusal:
         return Outcome(name, type(method).__name__, case.name, "refused", str(refusal))
     except Exception as crash:  # noqa: BLE001 - whatever a method raises that is no refusal is the finding itself

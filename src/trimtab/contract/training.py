@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from trimtab.attach import attach, plan
 from trimtab.contract.case import (
@@ -102,7 +103,7 @@ def counts_match_plan(method: Method, case: Case) -> None:
     planned = plan(model, case.method(method)).trainable
     if classes != [type(module) for module in model.modules()]:
         raise ContractViolation("plan has changed the model")
-    on_meta = plan(case.build().to("meta"), case.method(method)).trainable
+    on_meta = plan(_on_meta(case.build()), case.method(method)).trainable
     adapter = attached(case, method)
     counts = {
         "plan": planned,
@@ -113,6 +114,19 @@ def counts_match_plan(method: Method, case: Case) -> None:
     }
     if len(set(counts.values())) > 1:
         raise ContractViolation(f"the numbers of trained numbers differ: {counts}")
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """Move a model to the meta device; tied parameters stay tied, which `Module.to` does not keep."""
+    moved: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+                module._parameters[name] = moved.setdefault(id(parameter), empty)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to("meta")
+    return model
 
 
 def schedule_needs_binding(method: Method, case: Case) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trimtab.adapter import Adapter
 from trimtab.attach import attach
 from trimtab.contract.case import (
+    ROUNDING,
     Case,
     ContractViolation,
     NotApplicable,
@@ -48,9 +49,17 @@ def doubled(build: Callable[[], nn.Module]) -> nn.Module:
     return build().double()
 
 
-def in_double(case: Case) -> Case:
-    """Return the case in double precision, where two ways to compute the same differ visibly less than two formulas."""
-    return dataclasses.replace(case.converted(torch.float64), build=partial(doubled, case.build))
+def in_double(case: Case) -> tuple[Case, torch.dtype]:
+    """Return the case in double precision, where two ways to compute the same differ visibly less than two formulas.
+
+    A model that cannot compute in it (grouped matrix products of experts) stays as it is.
+    """
+    double = dataclasses.replace(case.converted(torch.float64), build=partial(doubled, case.build))
+    try:
+        double.output(double.build())
+    except RuntimeError:
+        return case, torch.float32
+    return double, torch.float64
 
 
 def effective_parameters(adapter: Adapter) -> dict[tuple[str, str], Tensor]:
@@ -96,8 +105,8 @@ def fast_path_equals_reference(method: Method, case: Case) -> None:
     require_weight_kind(method)
     if capabilities_of(method).input_dependent:
         raise NotApplicable("input_dependent=True: there is no single W′")
-    case = in_double(case)
-    adapter = attach(case.build(), case.method(method), dtype=torch.float64, base_mode="eval")
+    case, dtype = in_double(case)
+    adapter = attach(case.build(), case.method(method), dtype=dtype, base_mode="eval")
     train(case, adapter, optimizer_of(adapter), 3)
     fast = case.forward(adapter.model)
     fast_gradients = gradients(adapter, objective(fast))
@@ -105,8 +114,11 @@ def fast_path_equals_reference(method: Method, case: Case) -> None:
     with adapter.disabled():
         substitute(plain, effective_parameters(adapter))
     reference = case.forward(plain)
-    expect_near("fast path against W′ in the plain model", fast.detach(), reference.detach())
-    expect_near_gradients("fast path against W′", fast_gradients, gradients(adapter, objective(reference)), 1e-4)
+    loose = 1.0 if dtype is torch.float64 else 10.0
+    expect_near("fast path against W′ in the plain model", fast.detach(), reference.detach(), loose * ROUNDING)
+    expect_near_gradients(
+        "fast path against W′", fast_gradients, gradients(adapter, objective(reference)), loose * 1e-4
+    )
 
 
 def merges_as_declared(method: Method, case: Case) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.errors import SettingError
+from trimtab.errors import AdapterFileError, SettingError
 from trimtab.kinds.weight import WeightLeaf, WeightMethod
 
 
@@ -64,7 +64,7 @@ def scaled_factors(leaf: WeightLeaf) -> tuple[Tensor, Tensor] | None:
     """Return ΔW as (down, up) with every scale folded into up, or None where the method does not give it so."""
     method = leaf.method
     additive = type(method).weight is WeightMethod.weight
-    factors = method.factors(leaf) if additive and method.has_factors else None
+    factors = method.factors(leaf) if additive else None
     if factors is None:
         return None
     up = factors.up if factors.middle is None else factors.up * factors.middle.unsqueeze(-2)
@@ -74,6 +74,8 @@ def scaled_factors(leaf: WeightLeaf) -> tuple[Tensor, Tensor] | None:
 def write_factors(leaves: Sequence[WeightLeaf], rank: int) -> WrittenFactors:
     """Return one module's factors of exactly `rank` for each of its matrices."""
     wanted = torch.stack([_change(leaf) for leaf in leaves]).sum(0)
+    if not bool(torch.isfinite(wanted).all()):
+        raise AdapterFileError(f"{leaves[0].site.path!r} holds NaN or infinite numbers; nothing was written.")
     pairs = [pair for leaf in leaves if (pair := scaled_factors(leaf)) is not None]
     if len(pairs) == len(leaves) and sum(down.shape[-2] for down, _ in pairs) <= rank:
         down, up = torch.cat([pair[0] for pair in pairs], -2), torch.cat([pair[1] for pair in pairs], -1)

@@ -75,19 +75,11 @@ def random_bits(count: int, dropout: float, device: torch.device) -> tuple[Tenso
     """
     kept = min(round((1.0 - dropout) * _STEPS), _STEPS - 1)
     groups = -(-count // (64 * _SHARING))
-    random = torch.randint(-(2**63), 2**63 - 1, (8, groups * (_SHARING + 1)), device=device)
-    lower, upper = random[:, :groups], random[:, groups:]
-    words = _compare(torch.zeros_like(lower[0]), lower, kept & 0xFF)
-    words = _compare(words.repeat(_SHARING), upper, kept >> 8)
-    return words, kept / _STEPS
-
-
-def _compare(words: Tensor, random: Tensor, digits: int) -> Tensor:
-    """Go through eight binary digits, last first, with one row of random words for each; changes `words`."""
-    for place, row in enumerate(random.unbind()):
-        combine = words.bitwise_or_ if digits >> place & 1 else words.bitwise_and_
-        combine(row)
-    return words
+    random = torch.randint(-(2**63), 2**63 - 1, (8, _SHARING + 1, groups), device=device)
+    words = torch.zeros(groups, dtype=torch.int64, device=device)
+    for place, row in enumerate((*random[:, 0].unbind(), *random[:, 1:].unbind())):
+        words = words | row if kept >> place & 1 else words & row
+    return words.view(-1), kept / _STEPS
 
 
 def unpack_bits(packed: Tensor, like: Tensor) -> Tensor:
@@ -115,9 +107,9 @@ class _LinearWithUpdate(torch.autograd.Function):
         dropped = rows if bits is None else unpack_bits(bits, rows).mul_(rows)
         hidden = torch.mm(down, dropped.to(down.dtype).t())  # (r, tokens); thin factors first are several times faster
         accumulate(y, (hidden if middle is None else hidden * middle.unsqueeze(1)).t(), up.t(), scale)
-        _, _, _, down_learns, middle_learns, up_learns, *_ = ctx.needs_input_grad
+        _, weight_learns, _, down_learns, middle_learns, up_learns, *_ = ctx.needs_input_grad
         kept = hidden if up_learns or middle_learns else None
-        ctx.save_for_backward(rows if down_learns else None, weight, down, middle, up, kept, bits)
+        ctx.save_for_backward(rows if down_learns or weight_learns else None, weight, down, middle, up, kept, bits)
         ctx.scale, ctx.shape = scale, x.shape
         return y.view(*x.shape[:-1], -1)
 
@@ -135,8 +127,7 @@ class _LinearWithUpdate(torch.autograd.Function):
             grad_up = torch.mm(scaled, wide).mul_(ctx.scale).t()
         if needs[4]:
             grad_middle = (hidden * inner).sum(1)
-        if middle is not None:
-            inner = inner * middle.unsqueeze(1)
+        inner = inner if middle is None else inner * middle.unsqueeze(1)
         mask = None if bits is None else unpack_bits(bits, grad.new_empty(grad.shape[0], down.shape[1]))
         if needs[3]:
             grad_down = torch.mm(inner, (rows if mask is None else rows * mask).to(down.dtype))

@@ -9,6 +9,7 @@ from torch import Tensor
 from trimtab.errors import TargetError
 from trimtab.kinds.weight import ParameterSite, WeightLeaf, WeightMethod, parameter_site
 from trimtab.method import Targets
+from trimtab.quantized import is_packed
 from trimtab.structure import Structure
 from trimtab.targets import Item, resolve
 
@@ -17,13 +18,17 @@ from trimtab.targets import Item, resolve
 class SelectionMethod(WeightMethod):
     """A method that replaces whole tensors of the base. Give `weight`; a target module means all its parameters."""
 
-    has_factors = False
-
     def sites(self, structure: Structure, targets: Targets) -> list[ParameterSite]:
         found, seen = [], set()
         for item in resolve(structure, targets):
             for single in self._parameters(structure, item):
-                parameter = structure.modules[single.path]._parameters[single.parameter or "weight"]
+                module, name = structure.modules[single.path], single.parameter or "weight"
+                if is_packed(module, name) and not self.promises().quantized_base:
+                    raise TargetError(
+                        f"'{single.path}:{name}' is stored quantised, so {type(self).__name__} cannot train its "
+                        f"numbers; load the base in full precision, or leave this place out of the targets."
+                    )
+                parameter = module._parameters[name]
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     found.append(parameter_site(structure, single, whole=True))
@@ -43,7 +48,7 @@ class SelectionMethod(WeightMethod):
 
     def selects(self, name: str, parameter: Tensor) -> bool:
         """Say whether a parameter of a targeted module is trained."""
-        return parameter.dtype.is_floating_point
+        return parameter.dtype.is_floating_point or not self.promises().quantized_base  # packed ones are refused
 
     def weight(self, leaf: WeightLeaf, weight: Tensor) -> Tensor:
         """Return the effective tensor: the leaf's own copy."""

@@ -97,6 +97,11 @@ class BlockLeaf(Leaf):
                 f"activation checkpointing recomputes block {path!r} in the backward pass, which {method} does not "
                 f"need: the base runs without gradient and keeps nothing. Switch checkpointing off."
             )
+        if torch.is_grad_enabled() and any(cls.__name__ == "FSDPModule" for cls in type(self.target).__mro__):
+            raise AttachError(
+                f"block {path!r} is sharded by itself: its tensors are freed before {method}, whose state leaves the "
+                f"block beside its output, runs backward. Shard the whole model only."
+            )
         if not isinstance(hidden, Tensor) or hidden.shape[-1] != self.site.features:
             found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
             raise AttachError(

@@ -145,8 +145,9 @@ class CallLeaf(WeightLeaf):
         plain = base_class(target).forward is nn.Linear.forward and not is_packed(target)
         assert isinstance(method, WeightMethod)
         given, base = type(method), WeightMethod
-        by_factors = method.has_factors and given.factors is not base.factors and given.forward is base.forward
+        by_factors = given.factors is not base.factors and given.forward is base.forward
         self.fusible = plain and (by_factors or given.fused is not base.fused)
+        self.padding = target.padding_idx if isinstance(target, nn.Embedding) else None
 
     def around(self, call: Call, *args: Any, **kwargs: Any) -> Tensor:
         x = args[0] if args else next(iter(kwargs.values()))
@@ -156,7 +157,12 @@ class CallLeaf(WeightLeaf):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Return the changed output; without `y`, the base product is computed here too."""
-        return self.method.fused(self, x) if y is None else self.method.forward(self, x, y)
+        if y is None:
+            return self.method.fused(self, x)
+        output = self.method.forward(self, x, y)
+        if self.padding is None:
+            return output
+        return torch.where((x == self.padding).unsqueeze(-1), output.detach(), output)  # the table learns nothing there
 
     def _fused(self, call: Any) -> bool:
         """One function for base and update: a plain float linear map, this leaf innermost, no autocast."""
@@ -207,8 +213,6 @@ def _with_value(holder: Any, name: str, change: Call, call: Call, args: tuple[An
 @dataclass(frozen=True)
 class WeightMethod(Method):
     """A method that changes a weight. Give `delta` (or `weight`), and `factors` or `forward` where that is faster."""
-
-    has_factors = True
 
     def sites(self, structure: Structure, targets: Targets) -> list[ParameterSite]:
         found = [parameter_site(structure, item) for item in resolve(structure, targets)]

@@ -53,7 +53,7 @@ class LadderSideTuning(StackMethod):
         if w * self.reduction != d:
             raise SettingError(f"LadderSideTuning(reduction={self.reduction}) does not divide the base's width {d}.")
         vector, wide = Spec((w,), decay=False), self.expansion * w
-        specs = {"down": Spec((w, d)), "gate": Spec((), decay=False)}
+        specs = {"down": Spec((w, d)), "gate": Spec((1,), decay=False)}
         if site.attends:
             specs |= {"attention_gain": vector, "attention_shift": vector}
             specs |= {"projections": Spec((3 * w, w)), "output": Spec((w, w))}

@@ -37,7 +37,6 @@ class PaCA(WeightMethod):
     targets: Targets = setting("all-linear", "places to adapt")
 
     capabilities = Capabilities(starts_at_base="exact", merge="exact", linear_in_parameters=True)
-    has_factors = False
 
     @property
     def scale(self) -> float:
