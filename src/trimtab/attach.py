@@ -6,10 +6,10 @@ import hashlib
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trimtab.adapter import Adapter, Part
 from trimtab.attachment import Attached, attached_to, begin, refuse_sharded
@@ -20,7 +20,7 @@ from trimtab.method import Method, Spec, check_settings
 from trimtab.report import Coverage, Plan, Row, size_text
 from trimtab.routing import route_rows
 from trimtab.structure import Structure, is_norm
-from trimtab.targets import Item, resolve
+from trimtab.targets import ROLES, Item, resolve
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
 
@@ -250,8 +250,8 @@ def _own(module: nn.Module) -> list[nn.Parameter]:
 def _coverage(structure: Structure, parts: list[Part]) -> tuple[Coverage, ...]:
     """Share of the weights of each group that lies at a targeted place."""
     reached_paths = {item.path for part in parts for item in part.items}
-    attention = {i.path for i in _if_any(structure, "attention")}
-    mlp = {i.path for i in _if_any(structure, "mlp")}
+    attention = {i.path for i in ROLES["attention"](structure)}
+    mlp = {i.path for i in ROLES["mlp"](structure)}
     experts = {path for path, _ in structure.expert_parameters}
     counts: dict[str, list[int]] = {}
     seen: set[int] = set()
@@ -273,12 +273,6 @@ def _under(path: str, reached: set[str]) -> bool:
     return any(path == target or path.startswith(target + ".") for target in reached)
 
 
-def _if_any(structure: Structure, role: str) -> list[Item]:
-    from trimtab.targets import ROLES
-
-    return ROLES[role](structure)
-
-
 def route(model: nn.Module, rows: Sequence[str | None]) -> AbstractContextManager[None]:
     """Inside the `with`, row i of every batch goes through the adapter `rows[i]` (None: the base), vectorised.
 
@@ -294,6 +288,3 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Return the adapters attached to a model by name; after deepcopy or unpickling these are the copy's own."""
     attached = attached_to(model)
     return {} if attached is None else dict(attached.adapters)
-
-
-__all__ = ["Any", "Tensor", "adapters", "attach", "build", "detach", "plan", "resolved_part", "route"]

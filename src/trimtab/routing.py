@@ -102,8 +102,7 @@ class Routing:
         fixed = next((leaf for leaf in leaves if not leaf.method.promises().routable), None)
         if fixed is not None:
             raise AttachError(f"{type(fixed.method).__name__} (adapter {fixed.state.name!r}) cannot be routed by rows.")
-        beside = all(leaf.beside for leaf in leaves)
-        apply = _beside if beside else functools.partial(_apart, self)
+        apply = _beside if all(leaf.beside for leaf in leaves) else functools.partial(_apart, self)
         output = apply(self.route, call, leaves, args, kwargs)
         if isinstance(output, Tensor) and output.requires_grad:
             return _SameRoute.apply(output, torch.tensor(self.route.ticket), self.route.ticket)  # type: ignore[no-untyped-call]

@@ -99,8 +99,8 @@ class BlockLeaf(Leaf):
             )
         if torch.is_grad_enabled() and any(cls.__name__ == "FSDPModule" for cls in type(self.target).__mro__):
             raise AttachError(
-                f"block {path!r} is sharded by itself: its tensors are freed before {method}, whose state leaves the "
-                f"block beside its output, runs backward. Shard the whole model only."
+                f"block {path!r} is sharded by itself, which frees its tensors before {method} runs backward: its "
+                f"state leaves beside the block's output. Shard the whole model only."
             )
         if not isinstance(hidden, Tensor) or hidden.shape[-1] != self.site.features:
             found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__

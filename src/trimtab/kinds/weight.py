@@ -159,10 +159,9 @@ class CallLeaf(WeightLeaf):
         """Return the changed output; without `y`, the base product is computed here too."""
         if y is None:
             return self.method.fused(self, x)
-        output = self.method.forward(self, x, y)
-        if self.padding is None:
-            return output
-        return torch.where((x == self.padding).unsqueeze(-1), output.detach(), output)  # the table learns nothing there
+        output, still = self.method.forward(self, x, y), self.padding
+        # A table learns nothing from padding.
+        return output if still is None else torch.where((x == still).unsqueeze(-1), output.detach(), output)
 
     def _fused(self, call: Any) -> bool:
         """One function for base and update: a plain float linear map, this leaf innermost, no autocast."""
