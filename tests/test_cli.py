@@ -26,7 +26,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 import trimtab as tt  # noqa: E402
 import trimtab.cli.train as train_command  # noqa: E402
-from trimtab.cli.console import time_text  # noqa: E402
+from trimtab.cli.console import program, time_text  # noqa: E402
 from trimtab.cli.main import app, main  # noqa: E402
 from trimtab.cli.settings import describe_settings, make_method  # noqa: E402
 from trimtab.training.heads import HEAD_LR_SCALE, default_learning_rate, with_fresh_head  # noqa: E402
@@ -726,3 +726,24 @@ def test_predict_wants_texts_or_a_file(trimtab: Trimtab, run: Path) -> None:
 
 def test_durations_are_readable() -> None:
     assert [time_text(value) for value in (0.04, 59.94, 65, 3725)] == ["0.0 s", "59.9 s", "1 min 05 s", "1 h 02 min"]
+
+
+@pytest.mark.parametrize(
+    ("called", "printed"),
+    [
+        ("elsewhere/bin/trimtab", "elsewhere/bin/trimtab"),
+        ("on-path/trimtab", "trimtab"),
+        ("package/trimtab/cli/__main__.py", f"{sys.executable} -m trimtab.cli"),
+    ],
+)
+def test_commands_to_copy_name_the_program_as_it_can_be_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, called: str, printed: str
+) -> None:
+    script = tmp_path / "on-path" / "trimtab"
+    script.parent.mkdir()
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(script.parent))
+    monkeypatch.setattr(sys, "argv", [called])
+    assert program() == printed

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 import trimtab as tt
 from contract_cases import zoo_case
-from trimtab.contract.processes import WORLD, shard, trains_distributed
+from trimtab.contract.processes import WORLD, process_group, shard, trains_distributed
 from trimtab.hooks import is_hooked
 from zoo import ZOO, ZooModel
 
@@ -367,9 +366,8 @@ def test_ddp_and_fsdp2_train_like_one_process() -> None:
     assert len(outcomes) == 2 * len(jobs)
 
 
-def refusals(rank: int, folder: str) -> None:
-    """In each process: everything that must stop on a wrapped or sharded model stops; saving works. Writes all down."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
+def refused_actions(rank: int, folder: str) -> list[str]:
+    """Return what every action that must stop says; saves what may be saved."""
     said = []
 
     def expect(action: Callable[[], object]) -> None:
@@ -391,9 +389,15 @@ def refusals(rank: int, folder: str) -> None:
     expect(adapter.detach)
     expect(lambda: adapter.merge())
     adapter.save(f"{folder}/of{rank}/adapter.safetensors")
+    return said
+
+
+def refusals(rank: int, folder: str) -> None:
+    """In each process: everything that must stop on a wrapped or sharded model stops; saving works. Writes all down."""
+    with process_group(rank, folder):
+        said = refused_actions(rank, folder)
     if rank == 0:
         Path(folder, "said.txt").write_text("\n".join(said), encoding="utf-8")
-    dist.destroy_process_group()
 
 
 def test_wrapped_and_sharded_models_are_refused() -> None:

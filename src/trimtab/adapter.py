@@ -66,7 +66,6 @@ class Adapter:
     merge_record: Merged | None = None
     lineage: tuple[str, ...] = ()
     first_version: int | None = None
-    first_penalty_taken: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "binding": None, "first_version": None}  # a copy has no optimizer yet

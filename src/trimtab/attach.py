@@ -170,8 +170,6 @@ def generator_for(seed: int, place: str) -> torch.Generator:
 
 
 def _initialise(part: Part, seed: int) -> None:
-    if part.root.__dict__.get("_trimtab_skip_initialisation"):
-        return
     with torch.no_grad():
         shared = {name: part.shared(name).data for name in part.shared_specs}
         part.method.initialise_shared(part.sites, shared, generator_for(seed, f"{part.index}/shared"))

@@ -70,7 +70,7 @@ class Leaf(nn.Module):
 
     def edits(self) -> list[Edit]:
         """Return the base parameters and their values after merging; raises AttachError where that is impossible."""
-        raise NotImplementedError
+        raise AttachError(f"{type(self.method).__name__} cannot be merged: {self.method.capabilities.merge_reason}.")
 
     def read_through(self) -> list[tuple[nn.Module, str, tuple[str, ...]]]:
         """Return the modules, with paths, whose parameters this leaf replaces during the target's forward."""

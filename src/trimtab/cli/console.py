@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -62,6 +64,16 @@ def show_error(text: str) -> None:
         Console(stderr=True, highlight=False).print(Text(message, style="red"), soft_wrap=True)
     else:
         print(message, file=sys.stderr, flush=True)
+
+
+def program() -> str:
+    """Return how this program is called from here: by its name where that finds it, else by its path."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{sys.executable} -m trimtab.cli"
+    found = shutil.which("trimtab")
+    by_name = called.name != "trimtab" or (found is not None and Path(found).absolute() == called.absolute())
+    return "trimtab" if by_name else str(called)
 
 
 def count_text(count: int) -> str:

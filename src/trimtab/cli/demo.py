@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from trimtab.cli.console import Grid, count_text, note, show, show_json, time_text
+from trimtab.cli.console import Grid, count_text, note, program, show, show_json, time_text
+from trimtab.cli.options import AsJson
 from trimtab.demo.contestants import CONTESTANTS
 from trimtab.demo.data import EPOCHS
 from trimtab.demo.page import Page, Result, headline
@@ -27,7 +28,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="folder for data, adapters and report")] = Path("trimtab-demo"),
     only: Annotated[list[str] | None, typer.Option(help="contestant to run; repeatable (default: all)")] = None,
     epochs: Annotated[float, typer.Option(help="passes over the training messages")] = EPOCHS,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Tune a real encoder on embedded data in ten ways, compare them, and use one from its file."""
     keys = [one.key for one in CONTESTANTS]
@@ -38,7 +39,7 @@ def demo(
     note(f"Training {len(chosen)} contestants for {epochs:g} epochs each, one after another; each has its own process.")
     begin = time.monotonic()
     with _Screen() as screen:
-        page = run_demo(output, chosen, epochs, screen.stage, screen.result)
+        page = run_demo(output, chosen, epochs, screen.stage, screen.result, program())
     if as_json:
         show_json({"results": [vars(r) for r in page.results], "report": str(output / "report.html")})
         return

@@ -8,13 +8,12 @@ from typing import Annotated
 
 import typer
 
-from trimtab.adapter_file import FILE_NAME, read_adapter_file
+from trimtab.adapter_file import FILE_NAME
 from trimtab.cli.console import show, show_json
-from trimtab.cli.merge import load_base
+from trimtab.cli.merge import load_base, open_adapter
+from trimtab.cli.options import AcceptOtherBase, AsJson
 from trimtab.cli.plan import MODEL_HELP
 from trimtab.errors import AdapterFileError
-from trimtab.storage import load
-from trimtab.training.merged import check_output
 from trimtab.training.model_sources import resolve_model
 from trimtab.training.run_settings import method_text
 
@@ -24,18 +23,13 @@ def export_adapter(
     file: Annotated[Path, typer.Argument(help="An adapter file, or the folder that holds one.")],
     folder: Annotated[Path, typer.Argument(help="A new folder for the exported adapter.")],
     rank: Annotated[int | None, typer.Option(help="Reduce every change to this rank. Default: its own.")] = None,
-    accept_other_base: Annotated[
-        bool, typer.Option("--accept-other-base", help="Use another base on purpose.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    accept_other_base: AcceptOtherBase = False,
+    json: AsJson = False,
 ) -> None:
     """Write an adapter as a LoRA that huggingface/peft and serving engines read."""
     from trimtab.interop.peft import export_lora
 
-    read_adapter_file(file)
-    check_output(folder)
-    base, _ = load_base(model, file)
-    adapter = load(base, file, accept_other_base=accept_other_base)
+    adapter, _ = open_adapter(model, file, folder, accept_other_base)
     receipt = export_lora(adapter, folder, base_model_name=resolve_model(model).location, rank=rank)
     if json:
         show_json({"method": method_text(adapter.method)} | dataclasses.asdict(receipt) | {"folder": str(folder)})
@@ -47,7 +41,7 @@ def import_adapter(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     folder: Annotated[Path, typer.Argument(help="A folder that huggingface/peft wrote.")],
     output: Annotated[Path, typer.Argument(help="A folder (or .safetensors file) for the adapter.")],
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Read an adapter that huggingface/peft wrote and save it as one of ours."""
     from trimtab.interop import peft

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from trimtab.adapter_file import FILE_NAME, decode_method, read_adapter_file
 from trimtab.cli.console import Grid, count_text, show, show_json
+from trimtab.cli.options import AsJson
 from trimtab.report import bytes_text
 from trimtab.training.run_settings import method_text
 
 
 def inspect(
     file: Annotated[Path, typer.Argument(help="An adapter file, or the folder that holds one.")],
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Check an adapter file and show its method, sites, tensors and the base it was trained on."""
     header, tensors = read_adapter_file(file)

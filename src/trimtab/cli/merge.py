@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import typer
 from torch import nn
 
+from trimtab.adapter import Adapter
 from trimtab.adapter_file import read_adapter_file
 from trimtab.cli.console import show, show_json
+from trimtab.cli.options import AcceptOtherBase, AsJson
 from trimtab.cli.plan import MODEL_HELP
 from trimtab.storage import load
 from trimtab.training.architectures import load_as_saved, load_tokenizer_if_any
@@ -26,21 +28,24 @@ def merge(
     untie: Annotated[
         bool, typer.Option("--untie", help="Let tied weights come apart where the adapter needs it.")
     ] = False,
-    accept_other_base: Annotated[
-        bool, typer.Option("--accept-other-base", help="Use another base on purpose.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    accept_other_base: AcceptOtherBase = False,
+    json: AsJson = False,
 ) -> None:
     """Write the adapter's change into the weights and save the whole model with transformers."""
-    read_adapter_file(file)
-    check_output(output)
-    base, tokenizer = load_base(model, file)
-    adapter = load(base, file, accept_other_base=accept_other_base)
+    adapter, tokenizer = open_adapter(model, file, output, accept_other_base)
     saved = save_merged(adapter, tokenizer, output, untie)
     if json:
         show_json({"folder": str(saved.folder), "size": saved.size, "receipt": dataclasses.asdict(saved.receipt)})
         return
-    show(str(saved), f"\nUse it:\n  transformers.{type(base).__name__}.from_pretrained({str(output)!r})")
+    show(str(saved), f"\nUse it:\n  transformers.{type(adapter.model).__name__}.from_pretrained({str(output)!r})")
+
+
+def open_adapter(model: str, file: Path, output: Path, accept_other_base: bool) -> tuple[Adapter, Any]:
+    """Load an adapter on its base, and the tokenizer; refuse first what needs no base to be refused."""
+    read_adapter_file(file)
+    check_output(output)
+    base, tokenizer = load_base(model, file)
+    return load(base, file, accept_other_base=accept_other_base), tokenizer
 
 
 def load_base(model: str, file: Path | None = None) -> tuple[nn.Module, Any]:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from trimtab.cli.console import Grid, show, show_json
+from trimtab.cli.options import AsJson
 from trimtab.cli.settings import describe_settings
 from trimtab.method import Method, find_method
 from trimtab.method import methods as catalogue
@@ -19,7 +20,7 @@ _ARXIV = re.compile(r"arXiv[: ](\d{4}\.\d{4,5})")
 
 def methods(
     name: Annotated[str | None, typer.Argument(help="Show the card and the settings of this method.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    json: AsJson = False,
 ) -> None:
     """List every method, or show one with its settings."""
     if name is not None:

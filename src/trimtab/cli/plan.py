@@ -10,6 +10,7 @@ import typer
 
 from trimtab.attach import plan as make_plan
 from trimtab.cli.console import Grid, count_text, note, show, show_json
+from trimtab.cli.options import AsJson
 from trimtab.cli.settings import method_from, read_config
 from trimtab.errors import SettingError, suggestion
 from trimtab.report import Plan, bytes_text
@@ -34,7 +35,7 @@ def plan(
     task: Annotated[str | None, typer.Option(help=f"Plan on the model of this task: {', '.join(TASKS)}.")] = None,
     labels: Annotated[int, typer.Option(min=2, help="Number of classes of a new head.")] = 2,
     sites: Annotated[bool, typer.Option("--sites", help="List every place of the model and its roles.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Show what a method would train, its memory and what it does not reach; nothing is trained or changed."""
     described = read_config(config).get("method", {}) if config is not None else {}

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from trimtab.cli.console import Grid, show, show_json
+from trimtab.cli.options import AcceptOtherBase, AsJson
 from trimtab.errors import DataError, SettingError
 from trimtab.training.data import read_table
 from trimtab.training.prediction import predict as predict_rows
@@ -23,12 +24,10 @@ def predict(
     file: Annotated[str | None, typer.Option(help="Data to read the texts from, instead.")] = None,
     column: Annotated[str | None, typer.Option(help="Column of the texts. Default: the one trained on.")] = None,
     model: Annotated[str | None, typer.Option(help="The base model, where it is not at its place any more.")] = None,
-    accept_other_base: Annotated[
-        bool, typer.Option("--accept-other-base", help="Use another base on purpose.")
-    ] = False,
+    accept_other_base: AcceptOtherBase = False,
     batch_size: Annotated[int, typer.Option(help="Texts computed at once.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a generated text.")] = 64,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Classify or continue texts with a trained adapter."""
     if bool(texts) == (file is not None):

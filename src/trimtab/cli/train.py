@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from trimtab.cli.console import Grid, note, show, show_json, time_text
+from trimtab.cli.console import Grid, note, program, show, show_json, time_text
+from trimtab.cli.options import AsJson
 from trimtab.cli.plan import MODEL_HELP
 from trimtab.cli.progress import shown_progress
 from trimtab.cli.settings import method_from, parse_assignments, read_config
@@ -63,7 +64,7 @@ def train(
     output: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/MODEL-METHOD.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Train an adapter, evaluate it against its baseline, and save it."""
     _train(context.params)
@@ -173,7 +174,7 @@ def _interruption(folder: Path) -> Interrupted:
 
 
 def _show_report(report: RunReport, folder: Path, json: bool) -> None:
-    command = shlex.join(["trimtab", "predict", str(folder), report.example])
+    command = f"{program()} {shlex.join(['predict', str(folder), report.example])}"
     if json:
         show_json(dataclasses.asdict(report) | {"next_command": command})
         return

@@ -5,10 +5,12 @@ Methods and cases are sent to the other processes: a method's class must be impo
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,15 +97,24 @@ def _write(folder: Path, outcomes: list[Outcome]) -> None:
 
 
 def _distribute_all(rank: int, folder: Path, work: list[tuple[Job, Path]]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
-    outcomes = [
-        outcome_of(check, method, case, name)
-        for (method, case), _ in work
-        for name, check in (("trains_with_ddp", _trains_with_ddp), ("trains_with_fsdp2", _trains_with_fsdp2))
-    ]
+    with process_group(rank, folder):
+        outcomes = [
+            outcome_of(check, method, case, name)
+            for (method, case), _ in work
+            for name, check in (("trains_with_ddp", _trains_with_ddp), ("trains_with_fsdp2", _trains_with_fsdp2))
+        ]
     if rank == 0:
         _write(folder, outcomes)
+
+
+@contextlib.contextmanager
+def process_group(rank: int, folder: str | Path) -> Iterator[None]:
+    """Join WORLD processes that meet in `folder`; they leave together, since one that leaves early aborts the rest."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
+    yield
+    gc.collect()  # what wraps a model holds threads of the group
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -54,7 +54,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
        font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 940px; margin: 0 auto; padding: 40px 24px 72px; }
+main { max-width: 1040px; margin: 0 auto; padding: 40px 24px 72px; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4em; }
 h2 { font-size: 1.2rem; margin: 2.2em 0 .6em; }
 p { margin: 0 0 .8em; } .lead { font-size: 1.1rem; } .soft { color: var(--soft); }
@@ -67,6 +67,7 @@ svg .bar { stroke-width: 1.6; opacity: .55; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .92rem;
         font-variant-numeric: tabular-nums; }
 th, td { padding: .42em .5em; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { white-space: normal; vertical-align: bottom; }
 th { font-weight: 600; color: var(--soft); } th:first-child, td:first-child, td.text, th.text { text-align: left; }
 td.text { white-space: normal; } tr.reference td:first-child { color: var(--reference); }
 tbody tr:hover { background: var(--band); } .key { display: inline-block; width: .7em; height: .7em;

@@ -47,8 +47,12 @@ def run_demo(
     epochs: float,
     on_stage: Callable[[Stage], None],
     on_result: Callable[[Result], None],
+    program: str = "trimtab",
 ) -> Page:
-    """Train the contestants one after another and write report.html into `folder`; returns what the report says."""
+    """Train the contestants one after another and write report.html into `folder`; returns what the report says.
+
+    `program` is how the command line is called in the commands that the report gives.
+    """
     data = folder / "data"
     write_splits(data)
     results, clock = [], _Clock(len(chosen))
@@ -64,7 +68,7 @@ def run_demo(
         on_result(results[-1])
         clock.finished()
     user = next((one for one in chosen if one.key == PREFERRED), chosen[-1])
-    page = _page(folder, user, tuple(results), _classified(folder / user.key), epochs)
+    page = _page(folder, user, tuple(results), _classified(folder / user.key), epochs, program)
     write_atomically(folder / "report.html", render(page).encode())
     write_atomically(folder / "results.json", (json.dumps([vars(r) for r in results], indent=1) + "\n").encode())
     return page
@@ -142,7 +146,12 @@ def _classified(folder: Path) -> tuple[tuple[str, str], ...]:
 
 
 def _page(
-    folder: Path, user: Contestant, results: tuple[Result, ...], samples: tuple[tuple[str, str], ...], epochs: float
+    folder: Path,
+    user: Contestant,
+    results: tuple[Result, ...],
+    samples: tuple[tuple[str, str], ...],
+    epochs: float,
+    program: str,
 ) -> Page:
     rows = messages()
     counts = {split: sum(row["split"] == split for row in rows) for split in ("train", "validation", "test")}
@@ -163,9 +172,9 @@ def _page(
         samples=samples,
         sample_source=user.name,
         commands=(
-            f"trimtab predict {folder / user.key} 'where did my shared folder go'",
-            f"trimtab inspect {folder / user.key}",
-            f"trimtab train minilm {folder / 'data' / 'train.csv'} --method LoRA --output my-run",
+            f"{program} predict {folder / user.key} 'where did my shared folder go'",
+            f"{program} inspect {folder / user.key}",
+            f"{program} train minilm {folder / 'data' / 'train.csv'} --method LoRA --output my-run",
         ),
     )
 

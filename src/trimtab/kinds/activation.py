@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from trimtab.errors import AttachError, TargetError
 from trimtab.hooks import Call, Leaf, base_class
 from trimtab.kinds.edits import Edit, affine_edits
-from trimtab.kinds.layouts import callable_alone
+from trimtab.kinds.layouts import along_axis, callable_alone
+from trimtab.kinds.sites import Companion, ModuleSite
 from trimtab.method import Method, Targets
 from trimtab.quantized import linear_features
 from trimtab.structure import Convolution, FeedForward, Structure, is_norm
@@ -23,7 +24,7 @@ from trimtab.targets import Item, resolve
 
 
 @dataclass(frozen=True)
-class ActivationSite:
+class ActivationSite(ModuleSite):
     """One place in the forward: the `side` of module `path`, where the hidden state has `features` channels on `axis`.
 
     At the side "twice" the module runs on its unchanged input, what it gives is the source of the change, and it runs
@@ -32,7 +33,6 @@ class ActivationSite:
     projection). `holds_shift` is false where the module has no bias into which a shift could be folded.
     """
 
-    path: str
     side: Literal["input", "output", "twice"]
     features: int
     axis: int = -1
@@ -42,11 +42,6 @@ class ActivationSite:
 
     def __str__(self) -> str:
         return f"{self.path}:{self.side}" if self.source is None else f"{self.source}→{self.path}"
-
-    @property
-    def owner(self) -> str:
-        """The module whose forward carries the change."""
-        return self.path
 
     @property
     def key(self) -> str:
@@ -172,29 +167,22 @@ class ActivationLeaf(Leaf):
 
     def channels(self, vector: Tensor, like: Tensor) -> Tensor:
         """Shape a vector of one number per channel so that it acts along the site's channel axis."""
-        behind = like.dim() - 1 - self.site.axis if self.site.axis >= 0 else -1 - self.site.axis
-        return vector.view(-1, *[1] * behind) if behind else vector
+        return along_axis(vector, self.site.axis, like)
 
     def edits(self) -> list[Edit]:
         """Return the base tensors after folding h′ = scale ⊙ h + shift into the module."""
         folded = self.method.fold(self)
         if folded is None or self.site.side == "twice":
-            raise AttachError(
-                f"{type(self.method).__name__} cannot be merged: {self.method.capabilities.merge_reason}."
-            )
+            return super().edits()
         return affine_edits(self.target, self.site.path, self.site.side, *folded)
 
 
-class CaptureLeaf(Leaf):
+class CaptureLeaf(Companion):
     """Hands the input of one module to the leaf of another in the same forward; holds no tensors."""
 
     def around(self, call: Call, *args: Any, **kwargs: Any) -> Any:
-        self.__dict__["partner"].captured = first_tensor(args, kwargs)
+        self.partner.captured = first_tensor(args, kwargs)
         return call(*args, **kwargs)
-
-    def edits(self) -> list[Edit]:
-        """Nothing to merge here."""
-        return []
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

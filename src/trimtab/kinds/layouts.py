@@ -39,7 +39,7 @@ class Layout:
 
     def channels(self, vector: Tensor, like: Tensor) -> Tensor:
         """Shape a vector of one number per channel so that it multiplies `like` along the channel axis."""
-        return vector if self.axis == -1 else vector.view(-1, *[1] * (like.dim() - 2))
+        return along_axis(vector, self.axis, like)
 
     def rank(self, rank: int) -> int:
         """Return the rank that each leading matrix gets."""
@@ -90,6 +90,12 @@ class ConvolutionLayout(Layout):
         if rank % groups:
             raise TargetError(f"rank {rank} must be a multiple of the convolution's {groups} groups.")
         return rank // groups
+
+
+def along_axis(vector: Tensor, axis: int, like: Tensor) -> Tensor:
+    """Shape a vector of one number per channel so that it acts along the channel axis of `like`."""
+    behind = like.dim() - 1 - axis if axis >= 0 else -1 - axis
+    return vector.view(-1, *[1] * behind) if behind else vector
 
 
 def layout_of(path: str, module: nn.Module, parameter: str | None) -> Layout:

@@ -34,23 +34,18 @@ def companions_of(leaves: list[Leaf], structure: Structure) -> Iterator[tuple[st
     """Yield (path, key, leaf) of the leaves that hand something to a site from elsewhere; links blocks in order."""
     previous: Leaf | None = None
     for leaf in leaves:
-        arguments = (leaf.method, leaf.site, leaf.state, leaf.root)
         if isinstance(leaf, BlockLeaf):
             leaf.__dict__["previous"] = previous
             previous = leaf
         elif isinstance(leaf, ActivationLeaf) and leaf.site.source is not None:
-            companion = CaptureLeaf(*arguments, structure.modules[leaf.site.source])
-            companion.__dict__["partner"] = leaf
-            yield leaf.site.source, f"{leaf.site.key}_source", companion
+            yield leaf.site.source, f"{leaf.site.key}_source", CaptureLeaf(leaf, structure.modules[leaf.site.source])
         elif isinstance(leaf, PromptLeaf):
             for path, table in _tables(structure, leaf.site.embedding):
-                places = PlacesLeaf(*arguments, table)
-                places.__dict__["partner"] = leaf
-                yield path, "_places", places
+                yield path, "_places", PlacesLeaf(leaf, table)
         elif isinstance(leaf, ReadLeaf) and leaf.site.whole:
             for path, holder, name in _other_holders(structure, leaf.holder, leaf.site.parameter):
-                alias = AliasLeaf(*arguments, holder)
-                alias.__dict__.update(partner=leaf, parameter=name)
+                alias = AliasLeaf(leaf, holder)
+                alias.parameter = name
                 yield path, f"_alias_{name}", alias
 
 

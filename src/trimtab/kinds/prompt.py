@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import AttachError, TargetError
 from trimtab.hooks import Call, Leaf, named_arguments, signature_of
-from trimtab.kinds.edits import Edit
+from trimtab.kinds.sites import Companion, ModuleSite
 from trimtab.method import Method, Targets
 from trimtab.structure import Structure
 from trimtab.targets import resolve
@@ -25,13 +25,12 @@ _TOKEN_WISE = {"logits": 3, "last_hidden_state": 3, "hidden_states": 3, "start_l
 
 
 @dataclass(frozen=True)
-class PromptSite:
+class PromptSite(ModuleSite):
     """The root of a model that takes token ids, and the embedding table it looks them up in.
 
     `placeholder` is an id without a meaning of its own; `encoder_decoder` says that the prompt stands in the encoder.
     """
 
-    path: str
     embedding: str
     features: int
     vocabulary: int
@@ -40,16 +39,6 @@ class PromptSite:
 
     def __str__(self) -> str:
         return f"{self.embedding}:prompt"
-
-    @property
-    def owner(self) -> str:
-        """The prompt acts at the root's forward."""
-        return ""
-
-    @property
-    def key(self) -> str:
-        """Distinguishes this site's leaf on its target."""
-        return ""
 
 
 class PromptLeaf(Leaf):
@@ -179,27 +168,19 @@ class PromptLeaf(Leaf):
             self.generating, self.awaited = False, None
         return produced if self.site.encoder_decoder else _without_places(produced, self.length)
 
-    def edits(self) -> list[Edit]:
-        """Added tokens have no weight to be folded into."""
-        raise AttachError(f"{type(self.method).__name__} cannot be merged: {self.method.capabilities.merge_reason}.")
 
-
-class PlacesLeaf(Leaf):
+class PlacesLeaf(Companion):
     """Puts the prompt of another leaf into its places among the embeddings; holds no tensors."""
 
     def around(self, call: Call, *args: Any, **kwargs: Any) -> Tensor:
         embeddings: Tensor = call(*args, **kwargs)
-        partner: PromptLeaf = self.__dict__["partner"]
+        partner: PromptLeaf = self.partner
         awaited = partner.awaited
         if awaited is None or embeddings.dim() != 3 or embeddings.shape[1] < awaited:
             return embeddings
         partner.awaited = None
         start = embeddings.shape[1] - awaited
         return torch.cat([embeddings[:, :start], partner(embeddings), embeddings[:, start + partner.length :]], dim=1)
-
-    def edits(self) -> list[Edit]:
-        """Nothing to merge here."""
-        return []
 
 
 def _length(cache: Any) -> int:

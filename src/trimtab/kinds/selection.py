@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from trimtab.errors import TargetError
@@ -49,6 +50,10 @@ class SelectionMethod(WeightMethod):
     def selects(self, name: str, parameter: Tensor) -> bool:
         """Say whether a parameter of a targeted module is trained."""
         return parameter.dtype.is_floating_point or not self.promises().quantized_base  # packed ones are refused
+
+    def initialise(self, leaf: WeightLeaf, generator: torch.Generator) -> None:
+        """Start from the base's own numbers."""
+        leaf.value.copy_(leaf.weight())
 
     def weight(self, leaf: WeightLeaf, weight: Tensor) -> Tensor:
         """Return the effective tensor: the leaf's own copy."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from trimtab.errors import AttachError, TargetError
 from trimtab.hooks import Call, Leaf
 from trimtab.kinds.activation import change_primary, first_tensor, site_at
-from trimtab.kinds.edits import Edit
+from trimtab.kinds.sites import ModuleSite
 from trimtab.kinds.tokens import AttentionCall, AttentionTap, attention_site, untapped
 from trimtab.method import Method, Targets
 from trimtab.routing import in_backward
@@ -21,28 +21,14 @@ from trimtab.targets import resolve
 
 
 @dataclass(frozen=True)
-class BlockSite:
+class BlockSite(ModuleSite):
     """One block beside which a side network runs: its place among the `count` chosen blocks,
     its width, and whether attention runs inside."""
 
-    path: str
     index: int
     count: int
     features: int
     attends: bool
-
-    def __str__(self) -> str:
-        return self.path
-
-    @property
-    def owner(self) -> str:
-        """The module whose forward is wrapped."""
-        return self.path
-
-    @property
-    def key(self) -> str:
-        """Distinguishes this site's leaf on its target."""
-        return ""
 
     @property
     def first(self) -> bool:
@@ -122,10 +108,6 @@ class BlockLeaf(Leaf):
     ) -> Tensor:
         """Return the side state after this block (or, at the last block, its projection to the base's width)."""
         return self.method.side(self, entering, hidden, stream, attention)
-
-    def edits(self) -> list[Edit]:
-        """A side network has no weight to be folded into."""
-        raise AttachError(f"{type(self.method).__name__} cannot be merged: {self.method.capabilities.merge_reason}.")
 
 
 def _inside(path: str, blocks: list[str]) -> bool:

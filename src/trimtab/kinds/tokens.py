@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from trimtab.errors import AttachError, TargetError
 from trimtab.hooks import Call, Leaf
-from trimtab.kinds.edits import Edit
+from trimtab.kinds.sites import ModuleSite
 from trimtab.method import Method, Targets
 from trimtab.quantized import linear_features
 from trimtab.structure import Attention, Structure
@@ -102,25 +102,11 @@ def untapped(path: str, method: Method) -> AttachError:
 
 
 @dataclass(frozen=True)
-class AttentionSite:
+class AttentionSite(ModuleSite):
     """One attention module, with the widths of its keys and values over all their heads."""
 
-    path: str
     key_features: int
     value_features: int
-
-    def __str__(self) -> str:
-        return self.path
-
-    @property
-    def owner(self) -> str:
-        """The module whose forward is tapped."""
-        return self.path
-
-    @property
-    def key(self) -> str:
-        """Distinguishes this site's leaf on its target."""
-        return ""
 
 
 def attention_site(structure: Structure, part: Attention) -> AttentionSite:
@@ -157,10 +143,6 @@ class AttentionLeaf(Leaf):
     def forward(self, call: AttentionCall) -> Tensor:
         """Return the changed attention output (B, H, L, d)."""
         return self.method.attend(self, call)
-
-    def edits(self) -> list[Edit]:
-        """Added tokens have no weight to be folded into."""
-        raise AttachError(f"{type(self.method).__name__} cannot be merged: {self.method.capabilities.merge_reason}.")
 
 
 @dataclass(frozen=True)

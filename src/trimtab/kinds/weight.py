@@ -14,6 +14,7 @@ from trimtab.kinds.edits import Edit
 from trimtab.kinds.layouts import ConvolutionLayout, EmbeddingLayout, Layout, callable_alone, layout_of
 from trimtab.kinds.lowrank import Factors as Factors
 from trimtab.kinds.lowrank import add_update, linear_with_update
+from trimtab.kinds.sites import Companion
 from trimtab.method import Method, Targets
 from trimtab.quantized import dense_weight, is_packed, linear_features
 from trimtab.structure import Structure
@@ -30,7 +31,6 @@ class ParameterSite:
     shape: tuple[int, ...]
     layout: Layout
     called: bool
-    has_bias: bool
     whole: bool = False
 
     def __str__(self) -> str:
@@ -85,9 +85,7 @@ def parameter_site(structure: Structure, item: Item, *, whole: bool = False) -> 
     assert weight is not None
     packed = is_packed(module, parameter)
     shape = (layout.out_features, layout.in_features) if packed else tuple(weight.shape)
-    return ParameterSite(
-        item.path, parameter, owner, shape, layout, called, module._parameters.get("bias") is not None, whole
-    )
+    return ParameterSite(item.path, parameter, owner, shape, layout, called, whole)
 
 
 def _flat(weight: Tensor | None) -> tuple[int, int]:
@@ -185,18 +183,16 @@ class ReadLeaf(WeightLeaf):
         return layout.stored(changed, weight).to(weight.dtype)
 
 
-class AliasLeaf(Leaf):
-    """Lets another holder of the same tied parameter read the effective value too; holds no tensors."""
+class AliasLeaf(Companion):
+    """Lets another holder of the same tied parameter read the effective value too; the owner's edit reaches it."""
+
+    parameter: str
 
     def around(self, call: Call, *args: Any, **kwargs: Any) -> Any:
-        return _with_value(self.target, self.__dict__["parameter"], self.__dict__["partner"], call, args, kwargs)
+        return _with_value(self.target, self.parameter, self.partner, call, args, kwargs)
 
     def read_through(self) -> list[tuple[nn.Module, str, tuple[str, ...]]]:
-        return [(self.target, str(self.site), (self.__dict__["parameter"],))]
-
-    def edits(self) -> list[Edit]:
-        """The owner's edit reaches every holder."""
-        return []
+        return [(self.target, str(self.site), (self.parameter,))]
 
 
 def _with_value(holder: Any, name: str, change: Call, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from trimtab.kinds.selection import SelectionMethod
-from trimtab.kinds.weight import ParameterSite, WeightLeaf
+from trimtab.kinds.weight import ParameterSite
 from trimtab.method import Capabilities, Spec, Targets, setting
 
 
@@ -33,6 +32,3 @@ class BitFit(SelectionMethod):
 
     def tensors(self, site: ParameterSite) -> dict[str, Spec]:
         return {"value": Spec(site.shape, decay=False)}
-
-    def initialise(self, leaf: WeightLeaf, generator: torch.Generator) -> None:
-        leaf.value.copy_(leaf.weight())

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from trimtab.kinds.selection import SelectionMethod
-from trimtab.kinds.weight import ParameterSite, WeightLeaf
+from trimtab.kinds.weight import ParameterSite
 from trimtab.method import Capabilities, Spec, Targets, setting
 
 
@@ -32,6 +30,3 @@ class FullTuning(SelectionMethod):
 
     def tensors(self, site: ParameterSite) -> dict[str, Spec]:
         return {"value": Spec(site.shape, lr_scale=self.lr_scale, decay=len(site.shape) > 1)}
-
-    def initialise(self, leaf: WeightLeaf, generator: torch.Generator) -> None:
-        leaf.value.copy_(leaf.weight())

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from trimtab.errors import TargetError
 from trimtab.kinds.selection import SelectionMethod
-from trimtab.kinds.weight import ParameterSite, WeightLeaf
+from trimtab.kinds.weight import ParameterSite
 from trimtab.method import Capabilities, Spec, Targets, setting
 from trimtab.structure import Structure
 
@@ -50,6 +48,3 @@ class LinearProbe(SelectionMethod):
 
     def tensors(self, site: ParameterSite) -> dict[str, Spec]:
         return {"value": Spec(site.shape, decay=len(site.shape) > 1)}
-
-    def initialise(self, leaf: WeightLeaf, generator: torch.Generator) -> None:
-        leaf.value.copy_(leaf.weight())

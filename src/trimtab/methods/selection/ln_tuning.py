@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from trimtab.errors import TargetError
 from trimtab.kinds.selection import SelectionMethod
-from trimtab.kinds.weight import ParameterSite, WeightLeaf
+from trimtab.kinds.weight import ParameterSite
 from trimtab.method import Capabilities, Spec, Targets, setting
 from trimtab.structure import Structure, is_norm
 from trimtab.targets import resolve
@@ -43,6 +42,3 @@ class LNTuning(SelectionMethod):
 
     def tensors(self, site: ParameterSite) -> dict[str, Spec]:
         return {"value": Spec(site.shape, decay=False)}
-
-    def initialise(self, leaf: WeightLeaf, generator: torch.Generator) -> None:
-        leaf.value.copy_(leaf.weight())

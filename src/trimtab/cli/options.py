@@ -1,0 +1,10 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+AcceptOtherBase = Annotated[bool, typer.Option("--accept-other-base", help="Use another base on purpose.")]
