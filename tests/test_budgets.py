@@ -23,7 +23,7 @@ ABOVE_CORE = {
 # The catalogue lists the folder of methods and the package binds its name; neither names a method.
 LISTS_METHODS = {PACKAGE / "method.py", PACKAGE / "__init__.py"}
 NOT_COUNTED = {"quantized.py"}
-CORE_LINES_ALLOWED = 4860
+CORE_LINES_ALLOWED = 4872
 QUANTIZATION_PACKAGES = {"bitsandbytes", "torchao"}  # optional, and known to quantized.py alone
 PICKLE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 # Proves that models with adapters survive pickling, on bytes that it made itself.

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import safetensors.torch
 import torch
+from safetensors import TensorSpec, serialize
 from torch import Tensor
 
 from trimtab.errors import AdapterFileError, SettingError
@@ -23,9 +24,20 @@ FILE_NAME = "adapter.safetensors"
 _HEADER_LIMIT = 10 * 2**20
 
 
+def file_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """Return contiguous tensors on the processor as the bytes of a safetensors file (its own `save` needs numpy)."""
+    specs = {
+        name: TensorSpec(
+            dtype=str(t.dtype).removeprefix("torch."), shape=t.shape, data_ptr=t.data_ptr(), data_len=t.nbytes
+        )
+        for name, t in tensors.items()
+    }
+    return bytes(serialize(specs, metadata))
+
+
 def digest(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's values."""
-    return hashlib.sha256(safetensors.torch.save({"t": tensor.detach().cpu().contiguous()})).hexdigest()
+    return hashlib.sha256(file_bytes({"t": tensor.detach().cpu().contiguous()})).hexdigest()
 
 
 def tensor_bytes(payload: bytes) -> bytes:

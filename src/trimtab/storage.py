@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from trimtab.adapter_file import (
     decode_method,
     digest,
     encode_method,
+    file_bytes,
     read_adapter_file,
     tensor_bytes,
     write_atomically,
@@ -51,7 +51,7 @@ def save_adapter(adapter: Adapter, path: str | Path, training: bool) -> Path:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise AdapterFileError(f"{file}: {name!r} holds NaN or infinite numbers; nothing was written.")
     header = _header(adapter, tensors, training)
-    payload = safetensors.torch.save(tensors, {"trimtab": json.dumps(header)})
+    payload = file_bytes(tensors, {"trimtab": json.dumps(header)})
     write_atomically(file, payload)
     if file.name == FILE_NAME:
         write_atomically(file.with_name("README.md"), _card(adapter, file).encode())
@@ -68,7 +68,7 @@ def _header(adapter: Adapter, tensors: dict[str, Tensor], training: bool) -> dic
         "base_mode": adapter.base_mode,
         "dtype": str(next(adapter.parameters()).dtype).removeprefix("torch."),
         "seeded": {name: digest(whole(t)) for name, t, spec in adapter.named_tensors() if spec.stored == "seed"},
-        "sha256": hashlib.sha256(tensor_bytes(safetensors.torch.save(tensors))).hexdigest(),
+        "sha256": hashlib.sha256(tensor_bytes(file_bytes(tensors))).hexdigest(),
         "fingerprint": fingerprint(adapter.model, replaced_by(adapter)),
         "lineage": list(adapter.lineage),
         "steps": adapter.steps if training else 0,

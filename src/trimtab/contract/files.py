@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from trimtab.adapter import Adapter
-from trimtab.adapter_file import read_adapter_file
+from trimtab.adapter_file import file_bytes, read_adapter_file, tensor_bytes
 from trimtab.attach import adapters
 from trimtab.contract.case import Case, ContractViolation, NotApplicable, expect_same, trained
 from trimtab.errors import AdapterFileError
@@ -127,8 +126,7 @@ def _expect_refusal(what: str, model: nn.Module, file: Path, text: str) -> None:
 
 def _write(file: Path, header: dict[str, object], tensors: dict[str, Tensor]) -> Path:
     """Write a file whose checksum is right and whose tensors are not."""
-    payload = safetensors.torch.save(tensors)
-    body = payload[8 + int.from_bytes(payload[:8], "little") :]
+    body = tensor_bytes(file_bytes(tensors))
     described = {**header, "sha256": hashlib.sha256(body).hexdigest()}
-    file.write_bytes(safetensors.torch.save(tensors, {"trimtab": json.dumps(described)}))
+    file.write_bytes(file_bytes(tensors, {"trimtab": json.dumps(described)}))
     return file

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from trimtab.adapter import Adapter
-from trimtab.adapter_file import write_atomically
+from trimtab.adapter_file import file_bytes, write_atomically
 from trimtab.errors import AdapterFileError, AttachError
 from trimtab.hooks import PREFIX as LEAF_PREFIX
 from trimtab.hooks import Leaf, base_class
@@ -212,7 +211,7 @@ def _write_folder(folder: Path, tensors: dict[str, Tensor], config: dict[str, An
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise AdapterFileError(f"{folder}: {name!r} holds NaN or infinite numbers; nothing was written.")
-    write_atomically(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, {"format": "pt"}))
+    write_atomically(folder / WEIGHTS_FILE, file_bytes(tensors, {"format": "pt"}))
     write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2).encode())
 
 

@@ -13,13 +13,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trimtab.adapter import Adapter
-from trimtab.adapter_file import write_atomically
+from trimtab.adapter_file import file_bytes, write_atomically
 from trimtab.errors import AdapterFileError, SettingError
 from trimtab.storage import refill
 from trimtab.training.metrics import Metrics
@@ -76,7 +75,7 @@ def save_checkpoint(
         "random": [random_state.values for random_state in random_states],
         "scaler": None if scaler is None else scaler.state_dict(),
     }
-    payload = safetensors.torch.save(tensors, {"trimtab": json.dumps(header)})
+    payload = file_bytes(tensors, {"trimtab": json.dumps(header)})
     with _whole_folder(final) as folder:
         adapter.save(folder, training=True)
         write_atomically(folder / STATE_NAME, payload)
@@ -104,7 +103,7 @@ def load_checkpoint(
         run |= {key: _metrics(run[key]) for key in ("best", "last")}
         state = RunState(**run | {"best_tensors": _under(tensors, "best/")})
         states = [RandomState(_under(tensors, f"random/{i}/"), values) for i, values in enumerate(header["random"])]
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise AdapterFileError(
             f"{file}: is not a readable training state ({error}). Resume from another one."
         ) from error
