@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import trimtab as tt
 from trimtab.hooks import Leaf
+from trimtab.kinds.placement import norm_behind
 from trimtab.structure import Structure
 from zoo import HIDDEN, LAYERS, ZOO, ZooModel
 
@@ -233,13 +234,13 @@ def tiny(name: str) -> nn.Module:
 )
 def test_norms_behind_the_sum_are_told_from_structure(name: str, expected: list[str | None]) -> None:
     structure = Structure(tiny(name))
-    assert [structure.norm_behind(part) for part in structure.feed_forwards] == expected
+    assert [norm_behind(structure, part) for part in structure.feed_forwards] == expected
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5", "vit", "clip"])
 def test_norms_behind_the_sum_in_the_zoo(name: str) -> None:
     structure = Structure(ZOO[name](0, 0.0).model)
-    found = {structure.norm_behind(part) is not None for part in structure.feed_forwards}
+    found = {norm_behind(structure, part) is not None for part in structure.feed_forwards}
     assert found == {name == "bert"}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 importlib.import_module("trimtab.methods")  # binds the folder's name first, so that the function below keeps it
 
 from trimtab.adapter import Adapter  # noqa: E402
-from trimtab.attach import adapters, attach, detach, plan, route  # noqa: E402
+from trimtab.attach import adapters, attach, detach, plan  # noqa: E402
 from trimtab.check import ContractViolation, check_method  # noqa: E402
 from trimtab.errors import (  # noqa: E402
     AdapterFileError,
@@ -21,6 +21,7 @@ from trimtab.errors import (  # noqa: E402
     suggestion,
 )
 from trimtab.method import Capabilities, Method, Spec, frozen, methods, setting  # noqa: E402
+from trimtab.routing import route  # noqa: E402
 from trimtab.storage import load  # noqa: E402
 from trimtab.version import __version__  # noqa: E402
 

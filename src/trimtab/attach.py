@@ -1,11 +1,9 @@
-"""The verbs that change a model: plan (which changes nothing), attach, detach, route."""
+"""The verbs that change a model: plan (which changes nothing), attach, detach."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
@@ -15,10 +13,8 @@ from trimtab.adapter import Adapter, Part
 from trimtab.attachment import Attached, attached_to, begin, refuse_sharded
 from trimtab.errors import AttachError, SettingError
 from trimtab.hooks import PREFIX, Leaf, State, add_leaf, remove_leaf
-from trimtab.kinds.leaves import companions_of, leaf_for
 from trimtab.method import Method, Spec, check_settings
 from trimtab.report import Coverage, Plan, Row, size_text
-from trimtab.routing import route_rows
 from trimtab.structure import Structure, is_norm
 from trimtab.targets import ROLES, Item, resolve
 
@@ -133,16 +129,18 @@ def _place(attached: Attached, part: Part, name: str, dtype: torch.dtype) -> Non
         part.state.shared[tensor_name] = attribute
     for site in part.sites:
         owner = root.get_submodule(site.owner)
-        leaf = leaf_for(part.method, site, part.state, root, owner)
+        leaf = site.leaf_class(part.method, site, part.state, root, owner)
         leaf.train(owner.training)
         place = next((p.device for p in owner.parameters() if not p.is_meta), device)
         for tensor_name, spec in part.specs[str(site)].items():
             _register(leaf, tensor_name, spec, dtype, place)
         part.leaves.append(leaf)
         _connect(attached, leaf, key + site.key, site.owner)
-    for path, companion_key, companion in companions_of(part.leaves, Structure(root)):
-        part.companions.append(companion)
-        _connect(attached, companion, key + companion_key, path)
+    structure = Structure(root)
+    for previous, leaf in zip([None, *part.leaves], part.leaves, strict=False):
+        for path, companion_key, companion in leaf.companions(structure, previous):
+            part.companions.append(companion)
+            _connect(attached, companion, key + companion_key, path)
 
 
 def _connect(attached: Attached, leaf: Leaf, key: str, path: str) -> None:
@@ -269,17 +267,6 @@ def _coverage(structure: Structure, parts: list[Part]) -> tuple[Coverage, ...]:
 
 def _under(path: str, reached: set[str]) -> bool:
     return any(path == target or path.startswith(target + ".") for target in reached)
-
-
-def route(model: nn.Module, rows: Sequence[str | None]) -> AbstractContextManager[None]:
-    """Inside the `with`, row i of every batch goes through the adapter `rows[i]` (None: the base), vectorised.
-
-    Run backward inside the same `with` when activation checkpointing recomputes. Raises AttachError.
-    """
-    attached = attached_to(model)
-    if attached is None:
-        raise AttachError("route: no adapter is attached to this model (pass the model that `attach` was called on).")
-    return route_rows(attached, rows)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

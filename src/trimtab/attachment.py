@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from trimtab.errors import AttachError
-from trimtab.hooks import PREFIX, hook, is_hooked, switch_off_fast_path, unhook
-from trimtab.routing import Routing
+from trimtab.hooks import PREFIX, Call, Leaf, hook, is_hooked, unhook
 from trimtab.structure import Structure
 
 if TYPE_CHECKING:
     from trimtab.adapter import Adapter
+
+
+class Router(Protocol):
+    """Decides, inside one forward, which rows of the batch go through which adapter (`trimtab.routing`)."""
+
+    @property
+    def engaged(self) -> bool:
+        """Whether hooked modules must be run by `run`."""
+
+    def before_forward(self) -> None:
+        """A forward of the whole model begins."""
+
+    def run(
+        self, module: nn.Module, call: Call, leaves: list[Leaf], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run one hooked module."""
 
 
 @dataclass(eq=False)
@@ -26,13 +41,14 @@ class Attached:
     required_grad: list[nn.Parameter] = field(default_factory=list)
     handles: list[Any] = field(default_factory=list)
     hooked: list[nn.Module] = field(default_factory=list)
-    routing: Routing = field(default_factory=Routing)
+    router: Router | None = None
 
     def before_forward(self) -> None:
         """A forward of the whole model begins: note it for routing; stop where a schedule was never bound."""
         if torch.compiler.is_compiling():
             return
-        self.routing.before_forward()
+        if self.router is not None:
+            self.router.before_forward()
         for adapter in self.adapters.values():
             adapter.check_bound()
 
@@ -114,3 +130,35 @@ def refuse_sharded(model: nn.Module, action: str, remedy: str) -> None:
         if wrapper or sharded:
             where = repr(name) if name else "the root"
             raise AttachError(f"cannot {action} a model that is already distributed ({where}). {remedy}")
+
+
+class _WithoutNestedTensors:
+    """Keeps one nn.TransformerEncoder from converting its input; `remove` gives it its own choice back."""
+
+    def __init__(self, encoder: nn.TransformerEncoder) -> None:
+        self.encoder, self.own = encoder, encoder.use_nested_tensor
+        encoder.use_nested_tensor = False
+
+    def remove(self) -> None:
+        self.encoder.use_nested_tensor = self.own
+
+
+def switch_off_fast_path(root: nn.Module, path: str) -> list[Any]:
+    """Keep torch's own encoder modules above `path` from reading weights unseen in inference; returns handles.
+
+    A no-op hook switches off the native path of nn.TransformerEncoderLayer; nn.TransformerEncoder decides by its first
+    layer's frozen tensors alone, and must not convert its input.
+    """
+    handles: list[Any] = []
+    steps = path.split(".") if path else []
+    for depth in range(len(steps) + 1):
+        module = root.get_submodule(".".join(steps[:depth]))
+        if isinstance(module, nn.TransformerEncoderLayer) and _no_change not in module._forward_pre_hooks.values():
+            handles.append(module.register_forward_pre_hook(_no_change))
+        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
+            handles.append(_WithoutNestedTensors(module))
+    return handles
+
+
+def _no_change(module: nn.Module, args: Any) -> None:
+    return None

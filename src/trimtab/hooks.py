@@ -8,18 +8,19 @@ owner (`nn.MultiheadAttention`, raw parameters) are replaced by a property that 
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from trimtab.errors import AttachError
 
 if TYPE_CHECKING:
-    from trimtab.kinds.edits import Edit
+    from trimtab.merge import Edit
     from trimtab.method import Method
+    from trimtab.structure import Structure
 
 PREFIX = "trimtab_"
 Call = Callable[..., Any]
@@ -76,6 +77,10 @@ class Leaf(nn.Module):
         """Return the modules, with paths, whose parameters this leaf replaces during the target's forward."""
         return []
 
+    def companions(self, structure: Structure, previous: Leaf | None) -> Iterator[tuple[str, str, Leaf]]:
+        """Yield (path, key, leaf) of leaves elsewhere that hand something to this one, which follows `previous`."""
+        return iter(())
+
     def shared(self, name: str) -> Tensor:
         """Return one of the tensors that all sites of this adapter part share."""
         return getattr(self.root, self.state.shared[name])  # type: ignore[no-any-return]
@@ -90,8 +95,8 @@ def _call_through(module: Any, forward: Call, args: tuple[Any, ...], kwargs: dic
     leaves = [module._modules[key] for key in module._trimtab_keys]
     if module is attached.root:
         attached.before_forward()
-    if attached.routing.engaged:
-        return attached.routing.run(module, call, leaves, args, kwargs)
+    if attached.router is not None and attached.router.engaged:
+        return attached.router.run(module, call, leaves, args, kwargs)
     for leaf in leaves:
         if leaf.state.active and not leaf.state.merged:
             call = functools.partial(leaf.around, call)
@@ -252,49 +257,6 @@ def remove_leaf(module: nn.Module, key: str) -> None:
     module.__dict__["_trimtab_keys"] = tuple(name for name in module.__dict__["_trimtab_keys"] if name != key)
 
 
-class _WithoutNestedTensors:
-    """Keeps one nn.TransformerEncoder from converting its input; `remove` gives it its own choice back."""
-
-    def __init__(self, encoder: nn.TransformerEncoder) -> None:
-        self.encoder, self.own = encoder, encoder.use_nested_tensor
-        encoder.use_nested_tensor = False
-
-    def remove(self) -> None:
-        self.encoder.use_nested_tensor = self.own
-
-
-def switch_off_fast_path(root: nn.Module, path: str) -> list[Any]:
-    """Keep torch's own encoder modules above `path` from reading weights unseen in inference; returns handles.
-
-    A no-op hook switches off the native path of nn.TransformerEncoderLayer; nn.TransformerEncoder decides by its first
-    layer's frozen tensors alone, and must not convert its input.
-    """
-    handles: list[Any] = []
-    steps = path.split(".") if path else []
-    for depth in range(len(steps) + 1):
-        module = root.get_submodule(".".join(steps[:depth]))
-        if isinstance(module, nn.TransformerEncoderLayer) and _no_change not in module._forward_pre_hooks.values():
-            handles.append(module.register_forward_pre_hook(_no_change))
-        if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
-            handles.append(_WithoutNestedTensors(module))
-    return handles
-
-
-def _no_change(module: nn.Module, args: Any) -> None:
-    return None
-
-
-def signature_of(module: nn.Module) -> inspect.Signature:
-    """Return the signature of the user's own forward."""
-    return inspect.signature(base_class(module).forward)
-
-
-def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the module's own forward by their names."""
-    if not args:
-        return dict(kwargs)
-    bound = signature_of(module).bind_partial(module, *args, **kwargs)
-    _, *names = bound.arguments
-    variable = {p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD}
-    named = {name: bound.arguments[name] for name in names if name not in variable}
-    return named | {key: value for name in variable for key, value in bound.arguments.get(name, {}).items()}
+def in_backward() -> bool:
+    """Say whether this call runs inside a backward pass, where only a recomputation calls modules."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,11 +10,27 @@ from torch import Tensor, nn
 
 from trimtab.attachment import refuse_sharded
 from trimtab.errors import AttachError
-from trimtab.kinds.edits import Edit
 from trimtab.quantized import is_packed
 
 if TYPE_CHECKING:
     from trimtab.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One parameter of the base and its value after merging; `module` holds it at `path`.
+
+    `for_all_holders`: the change is meant for every module that shares the parameter.
+    """
+
+    module: nn.Module
+    path: str
+    parameter: str
+    value: Tensor
+    for_all_holders: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.path}.{self.parameter}" if self.path else self.parameter
 
 
 @dataclass(frozen=True)
@@ -111,15 +127,7 @@ def _rounded(edits: list[Edit]) -> list[Edit]:
         seen.add(place)
         stored = edit.module._parameters.get(edit.parameter)
         like = stored if stored is not None else next(p for p in edit.module._parameters.values() if p is not None)
-        rounded.append(
-            Edit(
-                edit.module,
-                edit.path,
-                edit.parameter,
-                edit.value.detach().to(like.dtype).contiguous(),
-                edit.for_all_holders,
-            )
-        )
+        rounded.append(replace(edit, value=edit.value.detach().to(like.dtype).contiguous()))
     return rounded
 
 

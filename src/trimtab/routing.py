@@ -6,17 +6,15 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trimtab.attachment import Attached, attached_to
 from trimtab.errors import AttachError, suggestion
-from trimtab.hooks import Call, Leaf
-
-if TYPE_CHECKING:
-    from trimtab.attachment import Attached
+from trimtab.hooks import Call, Leaf, in_backward
 
 _tickets = itertools.count(1)
 
@@ -72,20 +70,18 @@ class Routing:
     """The routing state of one model."""
 
     route: Route | None = None
-    outstanding: set[int] = field(default_factory=set)
-    recomputed: set[int] = field(default_factory=set)
-    root_records: bool = False
     last_routed: bool = False
+    of_backward: int | None = None  # the ticket of the forward whose backward runs
 
     @property
     def engaged(self) -> bool:
         """Whether calls must go through `run`: inside a route, or in a recomputation that may have missed one."""
-        return self.route is not None or (self.last_routed and in_backward())
+        repeats = self.last_routed or self.of_backward is not None
+        return self.route is not None or (repeats and in_backward())
 
     def before_forward(self) -> None:
         """A forward of the whole model begins."""
-        self.root_records = torch.is_grad_enabled()
-        self.last_routed = self.route is not None
+        self.last_routed, self.of_backward = self.route is not None, None
 
     def run(
         self, module: nn.Module, call: Call, leaves: list[Leaf], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -96,58 +92,58 @@ class Routing:
                 "activation checkpointing recomputes a routed forward after its `with trimtab.route(...)` has ended: "
                 "the gradients would be those of other adapters. Run backward inside the `with`."
             )
-        self._check_recomputation(self.route)
+        route, is_root = self.route, module.__dict__["_trimtab_attached"].root is module
+        if in_backward() and self.of_backward != route.ticket:
+            raise AttachError(
+                "activation checkpointing recomputes a forward that did not run in this `with trimtab.route(...)` "
+                "block, or not through the model's own call: run each backward inside its own block."
+            )
         if not leaves:
-            return call(*args, **kwargs)
+            return self._ticketed(call(*args, **kwargs), route) if is_root else call(*args, **kwargs)
         fixed = next((leaf for leaf in leaves if not leaf.method.promises().routable), None)
         if fixed is not None:
             raise AttachError(f"{type(fixed.method).__name__} (adapter {fixed.state.name!r}) cannot be routed by rows.")
         apply = _beside if all(leaf.beside for leaf in leaves) else functools.partial(_apart, self)
-        output = apply(self.route, call, leaves, args, kwargs)
+        output = apply(route, call, leaves, args, kwargs)
+        return self._ticketed(output, route) if is_root or isinstance(output, Tensor) else output
+
+    def _ticketed(self, output: Any, route: Route) -> Any:
+        """Let the backward from an output know the route of its forward."""
+        if torch.compiler.is_compiling():  # which recomputes nothing behind our back
+            return output
         if isinstance(output, Tensor) and output.requires_grad:
-            return _SameRoute.apply(output, torch.tensor(self.route.ticket), self.route.ticket)  # type: ignore[no-untyped-call]
+            return _SameRoute.apply(output, torch.tensor(route.ticket), route.ticket, self)  # type: ignore[no-untyped-call]
+        if type(output) is tuple:
+            return tuple(self._ticketed(item, route) for item in output)
+        if isinstance(output, dict):
+            for name, item in output.items():
+                output[name] = self._ticketed(item, route)
         return output
-
-    def _check_recomputation(self, route: Route) -> None:
-        """Reentrant checkpointing records nothing in its first pass; only counting shows whose forward it repeats."""
-        if not torch.is_grad_enabled() and self.root_records and not in_backward():
-            self.outstanding.add(route.ticket)
-        if not in_backward():
-            return
-        self.recomputed.add(route.ticket)
-        if self.outstanding - {route.ticket}:
-            raise AttachError(
-                "activation checkpointing recomputes a forward of another `with trimtab.route(...)` block: run each "
-                "backward inside its own block, or use checkpointing with use_reentrant=False."
-            )
-
-
-def in_backward() -> bool:
-    """Say whether this call runs inside a backward pass, where only a recomputation calls modules."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class _SameRoute(torch.autograd.Function):
-    """Identity whose backward stops when a recomputation ran under another route than the forward did.
+    """Identity whose backward tells the routing whose forward it belongs to.
 
     The ticket is kept twice: as an attribute (the forward's) and as a saved tensor, which a recomputation replaces.
+    Reentrant checkpointing records nothing in its first pass; there, the ticket of the model's own output counts.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, ticket: Tensor, own: int) -> Tensor:
+    def forward(ctx: Any, output: Tensor, ticket: Tensor, own: int, routing: Routing) -> Tensor:
         ctx.save_for_backward(ticket)
-        ctx.own = own
+        ctx.own, ctx.routing = own, routing
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (ticket,) = ctx.saved_tensors
         if int(ticket) != ctx.own:
             raise AttachError(
                 "activation checkpointing recomputed a routed forward under another `with trimtab.route(...)` block; "
                 "run each backward inside its own block."
             )
-        return grad, None, None
+        ctx.routing.of_backward = ctx.own
+        return grad, None, None, None
 
 
 def _members(leaves: list[Leaf], name: str | None) -> list[Leaf]:
@@ -201,18 +197,29 @@ def _shares(route: Route, value: Any) -> list[Any]:
     return route.split(value) if isinstance(value, Tensor) and value.dim() else [value] * len(route.groups)
 
 
-@contextlib.contextmanager
-def route_rows(attached: Attached, rows: Sequence[str | None]) -> Iterator[None]:
-    """Give each row of the batch its own adapter inside the `with`; None is the base model."""
+def route(model: nn.Module, rows: Sequence[str | None]) -> contextlib.AbstractContextManager[None]:
+    """Inside the `with`, row i of every batch goes through the adapter `rows[i]` (None: the base), vectorised.
+
+    Run backward inside the same `with` when activation checkpointing recomputes. Raises AttachError.
+    """
+    attached = attached_to(model)
+    if attached is None:
+        raise AttachError("route: no adapter is attached to this model (pass the model that `attach` was called on).")
     for name in rows:
         if name is not None and name not in attached.adapters:
             raise AttachError(f"route: there is no adapter {name!r}." + suggestion(name, attached.adapters))
-    routing, before = attached.routing, attached.routing.route
+    return _routed(attached, rows)
+
+
+@contextlib.contextmanager
+def _routed(attached: Attached, rows: Sequence[str | None]) -> Iterator[None]:
+    attached.router = routing = attached.router or Routing()
+    assert isinstance(routing, Routing)
+    before = routing.route
     groups = {name: torch.tensor([i for i, row in enumerate(rows) if row == name]) for name in dict.fromkeys(rows)}
     inverse = torch.argsort(torch.cat(list(groups.values())))
     routing.route = Route(tuple(rows), next(_tickets), groups, inverse)
     try:
         yield
     finally:
-        routing.outstanding -= routing.recomputed
-        routing.route = before
+        routing.route, routing.of_backward = before, None

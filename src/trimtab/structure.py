@@ -19,8 +19,6 @@ from trimtab.quantized import linear_features
 _QUERY_KEY_VALUE = re.compile(r"(^|_)(?P<letter>[qkv])(uery|ey|alue)?(_|$|proj|lin)")
 _NORM = re.compile(r"(Layer|RMS|Group|Batch|Instance)\w*Norm|^Norm$|RMSNorm")
 Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "d_head", "dim_head")
-_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 
 
 @dataclass(frozen=True)
@@ -175,46 +173,6 @@ class Structure:
         outputs = (last,) if linears else ()
         source, sink = (container, container) if inside else (linears[0], last)
         return FeedForward(block, source, sink, tuple(inputs), outputs, hidden)
-
-    def norm_behind(self, part: FeedForward) -> str | None:
-        """Return the norm of the residual sum behind a feed-forward part; None where norms stand before the parts.
-
-        Evidence: torch's own layers say it; a norm beside the output projection, in a module without the input
-        projection, is BERT's layout; blocks that are followed by a final norm have theirs in front.
-        """
-        block, names = self.modules[part.block], list(self.modules)
-        norms = [path for path, module in self.within(part.block).items() if is_norm(module)]
-        if not norms or not part.outputs:
-            return None
-        if isinstance(block, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-            return None if block.norm_first else norms[-1]
-        behind = names.index(norms[-1]) > names.index(part.outputs[-1])
-        parent = part.outputs[-1].rsplit(".", 1)[0]
-        beside = parent == norms[-1].rsplit(".", 1)[0] != part.block
-        if beside and behind and not any(path.startswith(parent + ".") for path in part.inputs):
-            return norms[-1]
-        return norms[-1] if behind and not self._has_final_norm(part.block) else None
-
-    def _has_final_norm(self, block: str) -> bool:
-        """Say whether a module around the block's list holds a norm behind it (not one of its embeddings)."""
-        steps = block.split(".")
-        for depth in range(len(steps) - 1):
-            children = list(self.modules[".".join(steps[:depth])].named_children())
-            place = [name for name, _ in children].index(steps[depth])
-            if any(is_norm(child) and "emb" not in name.lower() for name, child in children[place + 1 :]):
-                return True
-        return False
-
-    def head_size(self, part: Attention) -> int | None:
-        """Return the width of one attention head as the attention module records it; None where it does not."""
-        features = linear_features(self.modules[part.output]) if part.output is not None else None
-        facts = vars(self.modules[part.path])
-        sizes = [facts[name] for name in _HEAD_SIZES if isinstance(facts.get(name), int)]
-        counts = [facts[name] for name in _HEAD_COUNTS if isinstance(facts.get(name), int)]
-        if features is None or not (sizes or counts):
-            return None
-        size = sizes[0] if sizes else features[0] // counts[0]
-        return int(size) if features[0] % size == 0 else None
 
     def feed_forward_linears(self, block: str) -> list[str]:
         """Paths of the block's linear maps that belong to no attention."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapter import Adapter
-from trimtab.attach import adapters, attach, route
+from trimtab.attach import adapters, attach
 from trimtab.contract.case import (
     ROUNDING,
     Case,
@@ -33,6 +33,7 @@ from trimtab.errors import TrimtabError
 from trimtab.hooks import base_state_dict
 from trimtab.kinds.weight import WeightMethod
 from trimtab.method import Method
+from trimtab.routing import route
 from trimtab.storage import load
 
 CYCLES = 20

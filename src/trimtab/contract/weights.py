@@ -34,8 +34,8 @@ from trimtab.contract.case import (
 from trimtab.contract.training import APPROXIMATE
 from trimtab.errors import AttachError
 from trimtab.hooks import base_state_dict
-from trimtab.kinds.edits import Edit
 from trimtab.kinds.weight import WeightLeaf
+from trimtab.merge import Edit
 from trimtab.method import Method
 
 MERGED = 1e-4

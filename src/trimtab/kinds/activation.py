@@ -5,7 +5,7 @@ A place that is never reached, or whose width is not what the structure said, st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from trimtab.errors import AttachError, TargetError
 from trimtab.hooks import Call, Leaf, base_class
-from trimtab.kinds.edits import Edit, affine_edits
+from trimtab.kinds.edits import affine_edits
 from trimtab.kinds.layouts import along_axis, callable_alone
 from trimtab.kinds.sites import Companion, ModuleSite
+from trimtab.merge import Edit
 from trimtab.method import Method, Targets
 from trimtab.quantized import linear_features
 from trimtab.structure import Convolution, FeedForward, Structure, is_norm
@@ -47,6 +48,10 @@ class ActivationSite(ModuleSite):
     def key(self) -> str:
         """The name that distinguishes this site's leaf on its target."""
         return "" if self.side == "output" else f"_{self.side}"
+
+    @property
+    def leaf_class(self) -> type[Leaf]:
+        return ActivationLeaf
 
 
 def site_at(structure: Structure, path: str, side: Literal["input", "output"] = "output") -> ActivationSite:
@@ -138,6 +143,11 @@ class ActivationLeaf(Leaf):
         if self.site.side == "twice":
             return change_first(call, lambda hidden: self._changed(hidden, primary(output)), args, kwargs)
         return change_primary(output, lambda hidden: self._changed(hidden, source))
+
+    def companions(self, structure: Structure, previous: Leaf | None) -> Iterator[tuple[str, str, Leaf]]:
+        source = self.site.source
+        if source is not None:
+            yield source, f"{self.site.key}_source", CaptureLeaf(self, structure.modules[source])
 
     def _captured(self) -> Tensor:
         source, self.captured = self.captured, None

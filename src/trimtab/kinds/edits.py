@@ -1,8 +1,7 @@
-"""Merging: the base tensors that an adapter would replace, and how a scale and shift folds into a layer."""
+"""How a scale and shift folds into the layer at whose side it acts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,25 +9,9 @@ from torch import Tensor, nn
 
 from trimtab.errors import AttachError
 from trimtab.kinds.layouts import layout_of
+from trimtab.merge import Edit
 from trimtab.quantized import dense_weight
 from trimtab.structure import is_norm
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One parameter of the base and its value after merging; `module` holds it at `path`.
-
-    `for_all_holders`: the change is meant for every module that shares the parameter.
-    """
-
-    module: nn.Module
-    path: str
-    parameter: str
-    value: Tensor
-    for_all_holders: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.path}.{self.parameter}" if self.path else self.parameter
 
 
 def affine_edits(

@@ -6,6 +6,8 @@ itself thus counts positions, finds padding, pools and generates as it does for 
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.errors import AttachError, TargetError
-from trimtab.hooks import Call, Leaf, named_arguments, signature_of
-from trimtab.kinds.sites import Companion, ModuleSite
+from trimtab.hooks import Call, Leaf, base_class
+from trimtab.kinds.sites import Companion, ModuleSite, other_holders
 from trimtab.method import Method, Targets
 from trimtab.structure import Structure
 from trimtab.targets import resolve
@@ -40,6 +42,10 @@ class PromptSite(ModuleSite):
     def __str__(self) -> str:
         return f"{self.embedding}:prompt"
 
+    @property
+    def leaf_class(self) -> type[Leaf]:
+        return PromptLeaf
+
 
 class PromptLeaf(Leaf):
     """The prompt of one adapter; acts on the arguments of the model's forward by their names.
@@ -52,6 +58,13 @@ class PromptLeaf(Leaf):
     generates = True
     generating = False
     awaited: int | None = None
+
+    def companions(self, structure: Structure, previous: Leaf | None) -> Iterator[tuple[str, str, Leaf]]:
+        table = structure.modules[self.site.embedding]
+        yield self.site.embedding, "_places", PlacesLeaf(self, table)
+        for path, other, _ in other_holders(structure, table, "weight"):
+            if isinstance(other, nn.Embedding):
+                yield path, "_places", PlacesLeaf(self, other)
 
     def around(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         inputs = named_arguments(self.root, args, kwargs)
@@ -181,6 +194,22 @@ class PlacesLeaf(Companion):
         partner.awaited = None
         start = embeddings.shape[1] - awaited
         return torch.cat([embeddings[:, :start], partner(embeddings), embeddings[:, start + partner.length :]], dim=1)
+
+
+def signature_of(module: nn.Module) -> inspect.Signature:
+    """Return the signature of the user's own forward."""
+    return inspect.signature(base_class(module).forward)
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the module's own forward by their names."""
+    if not args:
+        return dict(kwargs)
+    bound = signature_of(module).bind_partial(module, *args, **kwargs)
+    _, *names = bound.arguments
+    variable = {p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD}
+    named = {name: bound.arguments[name] for name in names if name not in variable}
+    return named | {key: value for name in variable for key, value in bound.arguments.get(name, {}).items()}
 
 
 def _length(cache: Any) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from trimtab.hooks import Leaf
-from trimtab.kinds.edits import Edit
+from trimtab.merge import Edit
+from trimtab.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -43,3 +45,12 @@ class Companion(Leaf):
     def edits(self) -> list[Edit]:
         """Nothing: the partner's edits are the site's."""
         return []
+
+
+def other_holders(structure: Structure, holder: nn.Module, parameter: str) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield (path, module, name) of every other place that holds the same parameter (tied weights)."""
+    shared = holder._parameters[parameter]
+    for path, module in structure.modules.items():
+        for name, other in module._parameters.items():
+            if other is shared and not (module is holder and name == parameter):
+                yield path, module, name

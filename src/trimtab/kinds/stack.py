@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import AttachError, TargetError
-from trimtab.hooks import Call, Leaf
+from trimtab.hooks import Call, Leaf, in_backward
 from trimtab.kinds.activation import change_primary, first_tensor, site_at
 from trimtab.kinds.sites import ModuleSite
 from trimtab.kinds.tokens import AttentionCall, AttentionTap, attention_site, untapped
 from trimtab.method import Method, Targets
-from trimtab.routing import in_backward
 from trimtab.structure import Structure
 from trimtab.targets import resolve
 
@@ -29,6 +28,10 @@ class BlockSite(ModuleSite):
     count: int
     features: int
     attends: bool
+
+    @property
+    def leaf_class(self) -> type[Leaf]:
+        return BlockLeaf
 
     @property
     def first(self) -> bool:
@@ -47,6 +50,10 @@ class BlockLeaf(Leaf):
     site: BlockSite
     method: StackMethod
     stream: Tensor | None = None
+
+    def companions(self, structure: Structure, previous: Leaf | None) -> Iterator[tuple[str, str, Leaf]]:
+        self.__dict__["previous"] = previous  # a reference, not a child
+        return iter(())
 
     def around(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         entering = first_tensor(args, kwargs)

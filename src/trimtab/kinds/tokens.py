@@ -108,6 +108,10 @@ class AttentionSite(ModuleSite):
     key_features: int
     value_features: int
 
+    @property
+    def leaf_class(self) -> type[Leaf]:
+        return AttentionLeaf
+
 
 def attention_site(structure: Structure, part: Attention) -> AttentionSite:
     """Return the site of one attention; raises TargetError for torch's own fused module."""

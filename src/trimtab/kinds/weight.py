@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 
 from trimtab.errors import SettingError, TargetError
 from trimtab.hooks import Call, Leaf, State, base_class
-from trimtab.kinds.edits import Edit
 from trimtab.kinds.layouts import ConvolutionLayout, EmbeddingLayout, Layout, callable_alone, layout_of
 from trimtab.kinds.lowrank import Factors as Factors
 from trimtab.kinds.lowrank import add_update, linear_with_update
-from trimtab.kinds.sites import Companion
+from trimtab.kinds.sites import Companion, other_holders
+from trimtab.merge import Edit
 from trimtab.method import Method, Targets
 from trimtab.quantized import dense_weight, is_packed, linear_features
 from trimtab.structure import Structure
@@ -44,6 +45,11 @@ class ParameterSite:
             if self.called
             else "_" + str(self).removeprefix(self.owner).strip(".:").replace(".", "_").replace(":", "_")
         )
+
+    @property
+    def leaf_class(self) -> type[Leaf]:
+        """The leaf beside the module's call, or the one that replaces a weight which is only read."""
+        return CallLeaf if self.called else ReadLeaf
 
     @property
     def in_features(self) -> int:
@@ -172,6 +178,14 @@ class ReadLeaf(WeightLeaf):
 
     def around(self, call: Call, *args: Any, **kwargs: Any) -> Any:
         return _with_value(self.holder, self.site.parameter, self, call, args, kwargs)
+
+    def companions(self, structure: Structure, previous: Leaf | None) -> Iterator[tuple[str, str, Leaf]]:
+        if not self.site.whole:
+            return
+        for path, holder, name in other_holders(structure, self.holder, self.site.parameter):
+            alias = AliasLeaf(self, holder)
+            alias.parameter = name
+            yield path, f"_alias_{name}", alias
 
     def read_through(self) -> list[tuple[nn.Module, str, tuple[str, ...]]]:
         return [(self.holder, self.site.path, (self.site.parameter,))]

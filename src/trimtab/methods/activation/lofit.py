@@ -11,6 +11,7 @@ from torch import Tensor
 from trimtab.errors import SettingError, TargetError, suggestion
 from trimtab.kinds.activation import ActivationLeaf, ActivationMethod, ActivationSite, module_paths, site_at
 from trimtab.kinds.initial import normal
+from trimtab.kinds.placement import head_size
 from trimtab.method import Capabilities, Spec, Targets, setting
 from trimtab.structure import Structure
 
@@ -74,7 +75,7 @@ class LoFiT(ActivationMethod):
         part = next((part for part in structure.attentions if part.output == path), None)
         if part is None:
             raise TargetError(f"LoFiT acts on the input of an attention's output projection, and {path!r} is none.")
-        site, size = site_at(structure, path, "input"), self.head_size or structure.head_size(part)
+        site, size = site_at(structure, path, "input"), self.head_size or head_size(structure, part)
         if size is None or site.features % size:
             found = "records no head size" if size is None else f"is not a number of heads of width {size}"
             raise TargetError(f"LoFiT: {part.path!r} with {site.features} channels {found}; state head_size=…")

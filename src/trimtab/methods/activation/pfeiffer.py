@@ -11,6 +11,7 @@ from torch import Tensor
 from trimtab.errors import SettingError, TargetError
 from trimtab.kinds.activation import ActivationLeaf, ActivationMethod, ActivationSite, feed_forward_of
 from trimtab.kinds.bottleneck import NOT_MERGEABLE, Activation, bottleneck, bottleneck_tensors, start_normal
+from trimtab.kinds.placement import norm_behind
 from trimtab.method import Capabilities, Spec, Targets, setting
 from trimtab.structure import FeedForward, Structure, is_norm
 from trimtab.targets import resolve
@@ -47,7 +48,7 @@ class PfeifferAdapter(ActivationMethod):
         return [self._site(structure, part) for part in parts]
 
     def _site(self, structure: Structure, part: FeedForward) -> ActivationSite:
-        norm = structure.norm_behind(part) if self.norm == "detect" else None
+        norm = norm_behind(structure, part) if self.norm == "detect" else None
         if self.norm == "post":
             norms = [path for path, module in structure.within(part.block).items() if is_norm(module)]
             if not norms:

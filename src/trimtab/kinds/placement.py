@@ -1,0 +1,54 @@
+"""Where some activation methods act inside a block: at the residual's norm, at single heads."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from trimtab.quantized import linear_features
+from trimtab.structure import Attention, FeedForward, Structure, is_norm
+
+_HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "d_head", "dim_head")
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
+
+
+def norm_behind(structure: Structure, part: FeedForward) -> str | None:
+    """Return the norm of the residual sum behind a feed-forward part; None where norms stand before the parts.
+
+    Evidence: torch's own layers say it; a norm beside the output projection, in a module without the input
+    projection, is BERT's layout; blocks that are followed by a final norm have theirs in front.
+    """
+    block, names = structure.modules[part.block], list(structure.modules)
+    norms = [path for path, module in structure.within(part.block).items() if is_norm(module)]
+    if not norms or not part.outputs:
+        return None
+    if isinstance(block, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        return None if block.norm_first else norms[-1]
+    behind = names.index(norms[-1]) > names.index(part.outputs[-1])
+    parent = part.outputs[-1].rsplit(".", 1)[0]
+    beside = parent == norms[-1].rsplit(".", 1)[0] != part.block
+    if beside and behind and not any(path.startswith(parent + ".") for path in part.inputs):
+        return norms[-1]
+    return norms[-1] if behind and not _has_final_norm(structure, part.block) else None
+
+
+def _has_final_norm(structure: Structure, block: str) -> bool:
+    """Say whether a module around the block's list holds a norm behind it (not one of its embeddings)."""
+    steps = block.split(".")
+    for depth in range(len(steps) - 1):
+        children = list(structure.modules[".".join(steps[:depth])].named_children())
+        place = [name for name, _ in children].index(steps[depth])
+        if any(is_norm(child) and "emb" not in name.lower() for name, child in children[place + 1 :]):
+            return True
+    return False
+
+
+def head_size(structure: Structure, part: Attention) -> int | None:
+    """Return the width of one attention head as the attention module records it; None where it does not."""
+    features = linear_features(structure.modules[part.output]) if part.output is not None else None
+    facts = vars(structure.modules[part.path])
+    sizes = [facts[name] for name in _HEAD_SIZES if isinstance(facts.get(name), int)]
+    counts = [facts[name] for name in _HEAD_COUNTS if isinstance(facts.get(name), int)]
+    if features is None or not (sizes or counts):
+        return None
+    size = sizes[0] if sizes else features[0] // counts[0]
+    return int(size) if features[0] % size == 0 else None
