@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 import trimtab
 from trimtab.kinds.lowrank import Factors, linear_with_update
 from trimtab.kinds.random_bases import linear_with_random_bases, scaled_basis
+from zoo import ZOO
 
 DOUBLE = torch.float64
 
@@ -597,6 +598,32 @@ def test_adalora_gives_its_ranks_to_the_matrix_that_needs_them(seed: int) -> Non
     ranks = [int((leaf.E != 0).sum()) for leaf in adapter.parts[0].leaves]
     assert sum(ranks) == 6
     assert ranks[0] > 3
+
+
+@pytest.mark.parametrize("targets", ["query", "query | value"])
+def test_a_part_of_a_fused_projection_is_refused(targets: str) -> None:
+    with pytest.raises(trimtab.TargetError, match="computes query, key and value in one matrix, so LoRA would"):
+        trimtab.attach(ZOO["gpt2"](0, 0.0).model, trimtab.LoRA(rank=2, targets=targets))
+
+
+@pytest.mark.parametrize("targets", ["query | key | value", "query | all-linear", "attention", "*.c_attn"])
+def test_a_whole_fused_projection_is_adapted(targets: str) -> None:
+    adapter = trimtab.attach(ZOO["gpt2"](0, 0.0).model, trimtab.LoRA(rank=2, targets=targets))
+    assert any(leaf.site.path.endswith("c_attn") for leaf in adapter.leaves())
+
+
+@pytest.mark.parametrize("method", [trimtab.LoRA(rank=2), trimtab.DoRA(rank=2), trimtab.SSF()], ids=repr)
+def test_a_double_precision_base_merges_in_double_precision(method: trimtab.Method) -> None:
+    entry = ZOO["mlp"](0, 0.0)
+    model = entry.model.double()
+    adapter = trimtab.attach(model, method, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    x = {name: value.double() for name, value in entry.inputs.items()}
+    before = entry.output(inputs=x)
+    adapter.merge()
+    assert (entry.output(inputs=x) - before).abs().max() < 1e-13
 
 
 @pytest.mark.parametrize("method", [trimtab.DoRA, trimtab.SVFit, trimtab.AdaLoRA])

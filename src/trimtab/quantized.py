@@ -44,6 +44,11 @@ def is_packed(module: nn.Module, parameter: str = "weight") -> bool:
     return bool(tensor_names & quantised) or not weight.dtype.is_floating_point
 
 
+def at_least_single(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32, or in its own precision where that is higher: what merging computes in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return the tensor itself, or gathered where processes hold shards of it: then all of them must call this."""
     sharded: Any = tensor

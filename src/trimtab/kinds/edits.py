@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from trimtab.errors import AttachError
 from trimtab.kinds.layouts import layout_of
 from trimtab.merge import Edit
-from trimtab.quantized import dense_weight
+from trimtab.quantized import at_least_single, dense_weight
 from trimtab.structure import is_norm
 
 
 def affine_edits(
     module: nn.Module, path: str, side: Literal["input", "output"], scale: Tensor | None, shift: Tensor | None
 ) -> list[Edit]:
-    """Fold h′ = scale ⊙ h + shift at one side of a module into its weight and bias, in float32, rounded once."""
+    """Fold h′ = scale ⊙ h + shift at one side of a module into its weight and bias, at least in float32."""
     if isinstance(module, nn.MultiheadAttention) and side == "output":
         return _fold_map(module.out_proj, f"{path}.out_proj", side, module.out_proj.weight, scale, shift)
     weight = module._parameters.get("weight")
@@ -26,7 +26,7 @@ def affine_edits(
     if is_norm(module):
         return _fold_norm(module, path, side, weight, scale, shift)
     if isinstance(module, nn.Embedding):
-        table = dense_weight(module).float()
+        table = at_least_single(dense_weight(module))
         table = table if scale is None else table * scale
         return [Edit(module, path, "weight", table if shift is None else table + shift)]
     return _fold_map(module, path, side, weight, scale, shift)
@@ -41,8 +41,8 @@ def _fold_norm(
     if shift is not None and "bias" not in module._parameters:
         raise AttachError(f"the norm {path!r} has no bias, so a shift cannot be folded; keep the adapter attached.")
     scale = torch.ones_like(weight, dtype=torch.float32) if scale is None else scale
-    edits = [Edit(module, path, "weight", weight.float() * scale)]
-    base = torch.zeros_like(scale) if bias is None else bias.float()
+    edits = [Edit(module, path, "weight", at_least_single(weight) * scale)]
+    base = torch.zeros_like(scale) if bias is None else at_least_single(bias)
     if bias is not None or shift is not None:
         edits.append(Edit(module, path, "bias", base * scale + (0.0 if shift is None else shift)))
     return edits
@@ -52,9 +52,9 @@ def _fold_map(
     module: nn.Module, path: str, side: str, weight: Tensor, scale: Tensor | None, shift: Tensor | None
 ) -> list[Edit]:
     layout = layout_of(path, module, None)
-    matrix = layout.matrix(dense_weight(module)).float()  # (*lead, out, in)
+    matrix = at_least_single(layout.matrix(dense_weight(module)))  # (*lead, out, in)
     bias = module._parameters.get("bias")
-    edits, base = [], None if bias is None else bias.float()
+    edits, base = [], None if bias is None else at_least_single(bias)
     if side == "input":
         if layout.axis != -1:
             raise AttachError(f"a change of the convolution's input at {path!r} cannot be folded.")
@@ -68,6 +68,6 @@ def _fold_map(
         base = base if shift is None else shift if base is None else base + shift
     if scale is not None:
         edits.append(Edit(module, path, "weight", layout.stored(matrix, weight)))
-    if base is not None and (bias is None or not torch.equal(base, bias.float())):
+    if base is not None and (bias is None or not torch.equal(base, at_least_single(bias))):
         edits.append(Edit(module, path, "bias", base))
     return edits

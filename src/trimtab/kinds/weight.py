@@ -17,9 +17,9 @@ from trimtab.kinds.lowrank import add_update, linear_with_update
 from trimtab.kinds.sites import Companion, other_holders
 from trimtab.merge import Edit
 from trimtab.method import Method, Targets
-from trimtab.quantized import dense_weight, is_packed, linear_features
+from trimtab.quantized import at_least_single, dense_weight, is_packed, linear_features
 from trimtab.structure import Structure
-from trimtab.targets import Item, resolve
+from trimtab.targets import Item, named_roles, resolve
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,10 @@ class WeightLeaf(Leaf):
         return self.holder._parameters.get("bias")
 
     def edits(self) -> list[Edit]:
-        """Return the base tensors after merging, in float32: W′, and b′ where the method changes it."""
+        """Return the base tensors after merging, at least in float32: W′, and b′ where the method changes it."""
         stored, holder = self.holder._parameters[self.site.parameter], self.holder
         assert stored is not None
-        changed = self.method.weight(self, self.weight().float())
+        changed = self.method.weight(self, at_least_single(self.weight()))
         value = self.site.layout.stored(changed, stored)
         edits = [Edit(holder, self.site.path, self.site.parameter, value, for_all_holders=self.site.whole)]
         bias = self.bias() if self.site.called else None
@@ -226,8 +226,21 @@ class WeightMethod(Method):
     def sites(self, structure: Structure, targets: Targets) -> list[ParameterSite]:
         found = [parameter_site(structure, item) for item in resolve(structure, targets)]
         for site in found:
+            self._refuse_part_of_fused(structure, site)
             self.check_site(site)
         return found
+
+    def _refuse_part_of_fused(self, structure: Structure, site: ParameterSite) -> None:
+        """Stop where the targets say "query" and mean a matrix that computes query, key and value in one."""
+        roles, parts = named_roles(vars(self)["targets"]), {"query", "key", "value"}
+        asked = roles & parts
+        if not asked or asked == parts or roles & {"attention", "all-linear"}:
+            return
+        if any(site.path == attention.fused for attention in structure.attentions):
+            raise TargetError(
+                f"{site.path!r} computes query, key and value in one matrix, so {type(self).__name__} would adapt all "
+                f"three, not only {' and '.join(sorted(asked))}. Name all three, or the module itself."
+            )
 
     def check_site(self, site: ParameterSite) -> None:
         """Refuse a site this method cannot act on; raises TargetError."""

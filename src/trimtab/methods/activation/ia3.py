@@ -11,7 +11,7 @@ from torch import Tensor
 from trimtab.errors import TargetError
 from trimtab.kinds.activation import ActivationLeaf, ActivationMethod, ActivationSite, module_paths, site_at
 from trimtab.method import Capabilities, Spec, Targets, setting
-from trimtab.quantized import is_transposed
+from trimtab.quantized import at_least_single, is_transposed
 from trimtab.structure import Structure
 from trimtab.targets import named_roles
 
@@ -86,4 +86,4 @@ class IA3(ActivationMethod):
         return scale if leaf.site.groups == 1 else torch.cat([torch.ones_like(scale[0]), *scale])
 
     def fold(self, leaf: ActivationLeaf) -> tuple[Tensor, None]:
-        return self._scale(leaf).float(), None
+        return at_least_single(self._scale(leaf)), None

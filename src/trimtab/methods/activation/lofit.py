@@ -13,6 +13,7 @@ from trimtab.kinds.activation import ActivationLeaf, ActivationMethod, Activatio
 from trimtab.kinds.initial import normal
 from trimtab.kinds.placement import head_size
 from trimtab.method import Capabilities, Spec, Targets, setting
+from trimtab.quantized import at_least_single
 from trimtab.structure import Structure
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class LoFiT(ActivationMethod):
 
     def fold(self, leaf: ActivationLeaf) -> tuple[Tensor | None, Tensor | None]:
         if self.stage == "scale":
-            return 1.0 + leaf.scale.float().flatten(), None
+            return 1.0 + at_least_single(leaf.scale).flatten(), None
         offsets = dict(zip(self._selected(leaf.site), leaf.offset, strict=True))
         absent = torch.zeros_like(leaf.offset[0])
         return None, torch.cat([offsets.get(head, absent) for head in range(leaf.site.groups)])
@@ -114,7 +115,5 @@ class LoFiT(ActivationMethod):
         scales = [(leaf.site.path, leaf.scale.detach().float()) for part in parts for leaf in part.leaves]
         scored = [(float(norm), path, i) for path, scale in scales for i, norm in enumerate(scale.norm(dim=1))]
         if not 1 <= count <= len(scored) or not all(norm < float("inf") for norm, _, _ in scored):
-            raise SettingError(
-                f"LoFiT.select_heads: asked for {count} of {len(scored)} heads scaled by finite numbers."
-            )
+            raise SettingError(f"LoFiT.select_heads: asked for {count} of {len(scored)} heads with finite scales.")
         return tuple((path, head) for _, path, head in sorted(scored, key=lambda entry: -entry[0])[:count])

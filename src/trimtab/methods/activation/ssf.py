@@ -10,6 +10,7 @@ from torch import Tensor
 from trimtab.kinds.activation import ActivationLeaf, ActivationMethod, ActivationSite
 from trimtab.kinds.initial import normal
 from trimtab.method import Capabilities, Spec, Targets, setting
+from trimtab.quantized import at_least_single
 
 
 @dataclass(frozen=True)
@@ -56,4 +57,4 @@ class SSF(ActivationMethod):
         return scaled + leaf.channels(leaf.shift, hidden) if leaf.site.holds_shift else scaled
 
     def fold(self, leaf: ActivationLeaf) -> tuple[Tensor, Tensor | None]:
-        return 1.0 + leaf.scale_change.float(), leaf.shift.float() if leaf.site.holds_shift else None
+        return 1.0 + at_least_single(leaf.scale_change), at_least_single(leaf.shift) if leaf.site.holds_shift else None
