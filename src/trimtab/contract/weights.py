@@ -207,6 +207,8 @@ def averages_as_declared(method: Method, case: Case) -> None:
     one, two = (trained(case, method, seed=seed, steps=2 + seed) for seed in (0, 1))
     middle = attached(case, method)
     with torch.no_grad():
+        for seed, adapter in enumerate((one, two)):
+            _move_apart(adapter, seed)
         weights = [effective_parameters(adapter) for adapter in (one, two)]
         tensors = zip(middle.named_tensors(), one.named_tensors(), two.named_tensors(), strict=True)
         for (name, target, spec), (_, first, _), (_, second, _) in tensors:
@@ -224,6 +226,14 @@ def averages_as_declared(method: Method, case: Case) -> None:
             f"linear_in_parameters={declared.linear_in_parameters}, but the weights of the mean differ from the mean "
             f"of the weights by {apart:.2g} of the distance between the two"
         )
+
+
+def _move_apart(adapter: Adapter, seed: int) -> None:
+    """Change what the adapter trains by half its own size: near one start, everything smooth looks linear."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in adapter.named_parameters():
+        size = float(parameter.float().abs().mean()) or 0.1
+        parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype), alpha=size / 2)
 
 
 def _distance(first: Tensor, second: Tensor) -> float:
