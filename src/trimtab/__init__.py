@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-importlib.import_module("trimtab.methods")  # binds the folder's name first, so that the function below keeps it
-
-from trimtab.adapter import Adapter  # noqa: E402
-from trimtab.attach import adapters, attach, detach, plan  # noqa: E402
-from trimtab.check import ContractViolation, check_method  # noqa: E402
-from trimtab.errors import (  # noqa: E402
+import trimtab.methods as _folder  # noqa: F401  binds the folder's name first, so that the function below keeps it
+from trimtab import guards as _guards  # noqa: F401
+from trimtab.adapter import Adapter
+from trimtab.attach import adapters, attach, detach
+from trimtab.check import ContractViolation, check_method
+from trimtab.errors import (
     AdapterFileError,
     AttachError,
-    MissingExtraError,
     SettingError,
     TargetError,
     TrainingError,
     TrimtabError,
     suggestion,
 )
-from trimtab.method import Capabilities, Method, Spec, frozen, methods, setting  # noqa: E402
-from trimtab.routing import route  # noqa: E402
-from trimtab.storage import load  # noqa: E402
-from trimtab.version import __version__  # noqa: E402
+from trimtab.extras import MissingExtraError
+from trimtab.method import Batches, Capabilities, Method, Spec, frozen, methods, setting
+from trimtab.planning import plan
+from trimtab.routing import route
+from trimtab.storage import load
+from trimtab.version import __version__
 
 __all__ = [
     "Adapter",
     "AdapterFileError",
     "AttachError",
+    "Batches",
     "Capabilities",
     "ContractViolation",
     "Method",

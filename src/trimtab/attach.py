@@ -1,4 +1,4 @@
-"""The verbs that change a model: plan (which changes nothing), attach, detach."""
+"""The verbs that change a model: attach, detach."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import torch
 from torch import nn
 
 from trimtab.adapter import Adapter, Part
-from trimtab.attachment import Attached, attached_to, begin, refuse_sharded
-from trimtab.errors import AttachError, SettingError
-from trimtab.hooks import PREFIX, Leaf, State, add_leaf, remove_leaf
-from trimtab.method import Method, Spec, check_settings
-from trimtab.report import Coverage, Plan, Row, size_text
-from trimtab.structure import Structure, is_norm
-from trimtab.targets import ROLES, Item, resolve
+from trimtab.attachment import LINEAGE, Attached, attached_to, begin
+from trimtab.errors import AttachError, SettingError, brief
+from trimtab.method import Batches, Method, Spec, check_settings, fits
+from trimtab.structure import Structure
+from trimtab.targets import Item, resolve
 
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def attach(
@@ -28,133 +27,117 @@ def attach(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     base_mode: Literal["follow", "eval"] | None = None,
+    calibration: Batches | None = None,
 ) -> Adapter:
     """Attach a method to a model, in place; the model stays the user's object, its base is frozen.
 
     `seed` alone decides the adapter's start. `dtype` is that of the adapter's numbers, whatever the base's.
     `base_mode="eval"` keeps the base in evaluation mode (no dropout, fixed statistics) also while training; "follow"
     lets it follow `model.train()`; None takes what the method asks for, and "eval" where one part of it does.
-    Raises SettingError, TargetError, AttachError; the model is unchanged then.
+    `calibration` is the data of methods that start from data. Raises SettingError, TargetError, AttachError; the model
+    is unchanged then.
     """
-    _check_arguments(model, method, name, seed, dtype)
-    structure = Structure(model)
-    parts = [_resolved(structure, part, index) for index, part in enumerate(_checked_parts(method))]
+    check_arguments(model, method, name, seed, dtype, base_mode)
+    parts = resolved_parts(Structure(model), method)
     if base_mode is None:
         base_mode = "eval" if any(p.method.capabilities.base_mode == "eval" for p in parts) else "follow"
-    return build(model, method, parts, name, seed, dtype, base_mode)
+    starting = next((p.method for p in parts if p.method.capabilities.requires_calibration), None)
+    if (starting is None) != (calibration is None):
+        asked = "no method here starts from data" if starting is None else f"{type(starting).__name__} starts from data"
+        raise SettingError(f"{asked}: calibration=tt.Batches(data, loss) is given for such methods, and only for them.")
+    return build(Adapter(name, model, method, parts, seed, base_mode), dtype, calibration)
 
 
-def _check_arguments(model: nn.Module, method: Method, name: str, seed: int, dtype: torch.dtype) -> None:
+def check_arguments(
+    model: nn.Module, method: Method, name: str, seed: int, dtype: torch.dtype, base_mode: str | None
+) -> None:
+    """Check what `attach` and `load` are asked for; raises AttachError or SettingError."""
     if not isinstance(model, nn.Module):
         raise AttachError(f"attach needs a torch.nn.Module, found {type(model).__name__}.")
     if not isinstance(method, Method):
-        raise SettingError(f"attach needs a method such as LoRA(rank=8), found {method!r}.")
-    if not _NAME.match(name):
-        raise AttachError(f"adapter name {name!r}: use letters, digits, '_' and '-' only.")
+        raise SettingError(f"attach needs a method such as LoRA(rank=8), found {brief(method)}.")
+    if not fits(name, str) or not _NAME.fullmatch(name):
+        raise AttachError(f"adapter name {brief(name)}: use letters, digits, '_' and '-' only.")
     existing = attached_to(model)
-    if existing is not None and name in existing.adapters:
-        raise AttachError(f"an adapter named {name!r} is attached already; choose another name, or detach it first.")
     if existing is not None:
-        merged = [other for other, adapter in existing.adapters.items() if adapter.merged]
-        if merged:
-            raise AttachError(f"adapter {merged[0]!r} is merged into this model; unmerge it before attaching another.")
-    if not dtype.is_floating_point:
-        raise SettingError(f"dtype {dtype} is not a floating-point type.")
-    if seed < 0:
-        raise SettingError(f"seed must be a whole number from 0, found {seed!r}.")
+        if name in existing.adapters:
+            raise AttachError(f"an adapter named {name!r} is attached already; choose another, or detach it first.")
+        existing.refuse_merged("attaching another")
+    if dtype not in _DTYPES:
+        raise SettingError(f"dtype={brief(dtype)}; adapters are trained in {', '.join(map(str, _DTYPES))}.")
+    if type(seed) is not int or not 0 <= seed < 2**64:
+        raise SettingError(f"seed must be a whole number from 0 to 2**64 - 1, found {brief(seed)}.")
+    if base_mode not in (None, "follow", "eval"):
+        raise SettingError(f"base_mode={brief(base_mode)}; choose 'follow', 'eval' or None.")
 
 
-def _checked_parts(method: Method) -> tuple[Method, ...]:
+def resolved_parts(structure: Structure, method: Method) -> list[Part]:
+    """Return a method's unattached parts, after checking every setting."""
     check_settings(method)
-    parts = method.parts()
-    for part in parts:
-        if part is not method:
-            check_settings(part)
+    parts = []
+    for index, part in enumerate(method.parts()):
+        check_settings(part)
+        parts.append(resolved_part(structure, part, index, resolve(structure, vars(part)["targets"])))
     return parts
-
-
-def _resolved(structure: Structure, method: Method, index: int) -> Part:
-    items = resolve(structure, vars(method)["targets"])
-    return resolved_part(structure, method, index, items)
 
 
 def resolved_part(structure: Structure, method: Method, index: int, items: list[Item]) -> Part:
     """Return an unattached part for given items; used by `attach` and by loading, which knows the items."""
     sites = method.sites(structure, tuple(f"={item}" for item in items))
-    part = Part(method, index, items, sites, State(""), structure.model)
-    part.specs = {str(site): method.tensors(site) for site in sites}
-    part.shared_specs = method.shared(sites)
-    if not any(spec.trainable for specs in (*part.specs.values(), part.shared_specs) for spec in specs.values()):
+    specs, shared = {str(site): method.tensors(site) for site in sites}, method.shared(sites)
+    if not any(spec.trainable for group in (*specs.values(), shared) for spec in group.values()):
         raise SettingError(f"{type(method).__name__} would train nothing with these settings.")
-    return part
+    return Part(method, index, items, sites, specs, shared)
 
 
-def build(
-    model: nn.Module,
-    method: Method,
-    parts: list[Part],
-    name: str,
-    seed: int,
-    dtype: torch.dtype,
-    base_mode: Literal["follow", "eval"],
-) -> Adapter:
+def build(adapter: Adapter, dtype: torch.dtype, calibration: Batches | None = None) -> Adapter:
     """Create the leaves of resolved parts, initialise them, and register the adapter; undone on any error."""
-    fresh = attached_to(model) is None
-    attached = begin(model)
-    adapter = Adapter(name, model, method, parts, seed, base_mode)
+    attached = begin(adapter.model)
+    adapter.lineage = adapter.model.__dict__.get(LINEAGE, ())
     try:
-        for part in parts:
+        for part in adapter.parts:
             _refuse_conflicts(attached, part)
-            part.state.name = name
-            _place(attached, part, name, dtype)
-            _initialise(part, seed)
+            _place(attached, part, dtype)
+            _initialise(part, adapter.seed)
+        if calibration is not None:
+            _calibrate(adapter, calibration)
     except BaseException:
-        _remove_leaves(attached, adapter)
-        if fresh:
-            attached.release()
+        attached.remove(adapter)
         raise
-    attached.adapters[name] = adapter
+    attached.adapters[adapter.name] = adapter
     attached.keep_modes()
     return adapter
 
 
-def _place(attached: Attached, part: Part, name: str, dtype: torch.dtype) -> None:
+def _place(attached: Attached, part: Part, dtype: torch.dtype) -> None:
     root = attached.root
-    key = f"{PREFIX}{name}" + (f"_{part.index}" if part.index else "")
-    anchor = next(root.parameters(), None)
-    device = anchor.device if anchor is not None else torch.device("cpu")
-    for tensor_name, spec in part.shared_specs.items():
-        attribute = f"{key}_{tensor_name}"
-        _register(root, attribute, spec, dtype, device)
-        part.state.shared[tensor_name] = attribute
+    device = next((parameter.device for parameter in root.parameters()), torch.device("cpu"))
+    for name, spec in part.shared_specs.items():
+        _register(root, f"{part.key}_{name}", spec, dtype, device)
+        part.shared_names[name] = f"{part.key}_{name}"
     for site in part.sites:
         owner = root.get_submodule(site.owner)
-        leaf = site.leaf_class(part.method, site, part.state, root, owner)
+        leaf = site.leaf_class(part, site, owner)
         leaf.train(owner.training)
         place = next((p.device for p in owner.parameters() if not p.is_meta), device)
-        for tensor_name, spec in part.specs[str(site)].items():
-            _register(leaf, tensor_name, spec, dtype, place)
+        for name, spec in part.specs[str(site)].items():
+            _register(leaf, name, spec, dtype, place)
         part.leaves.append(leaf)
-        _connect(attached, leaf, key + site.key, site.owner)
+        attached.connect(leaf, part.key + site.key, site.owner)
     structure = Structure(root)
     for previous, leaf in zip([None, *part.leaves], part.leaves, strict=False):
-        for path, companion_key, companion in leaf.companions(structure, previous):
+        for path, key, companion in leaf.companions(structure, previous):
             part.companions.append(companion)
-            _connect(attached, companion, key + companion_key, path)
-
-
-def _connect(attached: Attached, leaf: Leaf, key: str, path: str) -> None:
-    attached.hook(leaf.target, path)
-    for module, inner, parameters in leaf.read_through():
-        attached.hook(module, inner, parameters)
-    attached.cover(path)
-    add_leaf(leaf.target, key, leaf, path, attached)
-    leaf.__dict__["registered_as"] = key
+            attached.connect(companion, part.key + key, path)
 
 
 def _register(module: nn.Module, name: str, spec: Spec, dtype: torch.dtype, device: torch.device) -> None:
     chosen = spec.dtype or dtype
-    data = torch.zeros(spec.shape, dtype=chosen, device=device)
+    try:
+        data = torch.zeros(spec.shape, dtype=chosen, device=device)
+    except (RuntimeError, OverflowError, TypeError) as error:  # more than a size can say, or than there is memory
+        shape = "×".join(map(str, spec.shape))
+        raise AttachError(f"{name!r} of {shape} numbers cannot be allocated; choose smaller settings.") from error
     if chosen.is_floating_point:
         module.register_parameter(name, nn.Parameter(data, requires_grad=spec.trainable))
     else:
@@ -175,98 +158,33 @@ def _initialise(part: Part, seed: int) -> None:
             part.method.initialise(leaf, generator_for(seed, f"{part.index}/{site}"))
 
 
+def _calibrate(adapter: Adapter, batches: Batches) -> None:
+    adapter.active = False
+    with torch.no_grad():
+        for part in adapter.parts:
+            if part.method.capabilities.requires_calibration:
+                part.method.calibrate(part, batches)
+    adapter.active = True
+
+
 def _refuse_conflicts(attached: Attached, part: Part) -> None:
     """Additive methods add up at one site; a second one that is not additive is undefined there."""
     own = type(part.method).__name__
     for other in (p for adapter in attached.adapters.values() for p in adapter.parts):
-        if part.method.capabilities.additive and other.method.capabilities.additive:
+        if part.method.promises().additive and other.method.promises().additive:
             continue
         overlap = {str(site) for site in part.sites} & {str(site) for site in other.sites}
         if overlap:
             raise AttachError(
-                f"{own} and {type(other.method).__name__} (adapter {other.state.name!r}) both act on "
+                f"{own} and {type(other.method).__name__} (adapter {other.adapter.name!r}) both act on "
                 f"{sorted(overlap)[0]!r}, and one of them is not additive. Detach the other adapter first, or choose "
                 f"other targets."
             )
 
 
-def _remove_leaves(attached: Attached, adapter: Adapter) -> None:
-    for leaf in adapter.leaves():
-        key = leaf.__dict__.get("registered_as")
-        if key is not None and leaf.target._modules.get(key) is leaf:
-            remove_leaf(leaf.target, key)
-    for part in adapter.parts:
-        for attribute in part.state.shared.values():
-            attached.root._parameters.pop(attribute, None)
-            attached.root._buffers.pop(attribute, None)
-
-
 def detach(adapter: Adapter, keep_merged: bool = False) -> None:
-    """Remove an adapter from its model; without `keep_merged` the base is restored bit for bit. Raises AttachError."""
-    attached = adapter.attached
-    refuse_sharded(adapter.model, "detach an adapter from", "Save the adapter and load it on an unwrapped model.")
-    if keep_merged and not adapter.merged:
-        raise AttachError(f"adapter {adapter.name!r} is not merged; call merge() before detach(keep_merged=True).")
-    if not keep_merged:
-        adapter.unmerge()
-    if adapter.binding is not None:
-        adapter.binding.release()
-    _remove_leaves(attached, adapter)
-    del attached.adapters[adapter.name]
-    if not attached.adapters:
-        attached.release()
-        return
-    attached.drop_unused()
-
-
-def plan(model: nn.Module, method: Method) -> Plan:
-    """Dry run: sites, trainable count, memory, and what is not covered; changes nothing, works on the meta device."""
-    structure = Structure(model)
-    parts = [_resolved(structure, part, index) for index, part in enumerate(_checked_parts(method))]
-    rows, trainable, stored = [], 0, 0
-    for part in parts:
-        groups = ({"(shared)": part.shared_specs} if part.shared_specs else {}) | part.specs
-        for site, specs in groups.items():
-            learned = [spec for spec in specs.values() if spec.trainable]
-            count = sum(torch.Size(spec.shape).numel() for spec in learned)
-            rows.append(Row(site, type(part.method).__name__, size_text(s.shape for s in learned), count))
-            trainable += count
-            stored += sum(torch.Size(spec.shape).numel() for spec in specs.values())
-    base = sum(parameter.numel() for module in structure.modules.values() for parameter in _own(module))
-    name = type(method).__name__
-    return Plan(
-        name, tuple(rows), trainable, base, 4 * stored, 4 * stored + 12 * trainable, _coverage(structure, parts)
-    )
-
-
-def _own(module: nn.Module) -> list[nn.Parameter]:
-    return [p for key, p in module._parameters.items() if p is not None and not key.startswith(PREFIX)]
-
-
-def _coverage(structure: Structure, parts: list[Part]) -> tuple[Coverage, ...]:
-    """Share of the weights of each group that lies at a targeted place."""
-    reached_paths = {item.path for part in parts for item in part.items}
-    attention = {i.path for i in ROLES["attention"](structure)}
-    mlp = {i.path for i in ROLES["mlp"](structure)}
-    experts = {path for path, _ in structure.expert_parameters}
-    counts: dict[str, list[int]] = {}
-    seen: set[int] = set()
-    for path, module in structure.modules.items():
-        numbers = sum(p.numel() for p in _own(module) if id(p) not in seen)
-        seen |= {id(p) for p in _own(module)}
-        if not numbers:
-            continue
-        kind = "attention" if path in attention else "mlp" if path in mlp else "experts" if path in experts else None
-        kind = kind or ("head" if path == structure.head else "embedding" if isinstance(module, nn.Embedding) else None)
-        kind = kind or ("norm" if is_norm(module) else "other")
-        entry = counts.setdefault(kind, [0, 0])
-        entry[0] += numbers
-        entry[1] += numbers if _under(path, reached_paths) else 0
-    return tuple(Coverage(kind, total, reached) for kind, (total, reached) in counts.items())
-
-
-def _under(path: str, reached: set[str]) -> bool:
-    return any(path == target or path.startswith(target + ".") for target in reached)
+    """Remove an adapter from its model; see `Adapter.detach`."""
+    adapter.detach(keep_merged)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

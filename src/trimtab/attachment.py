@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from trimtab.errors import AttachError
-from trimtab.hooks import PREFIX, Call, Leaf, hook, is_hooked, unhook
+from trimtab.hooks import PREFIX, Call, Leaf, hook, is_adapters, is_hooked, unhook
+from trimtab.quantized import keep_from_repacking
 from trimtab.structure import Structure
 
 if TYPE_CHECKING:
     from trimtab.adapter import Adapter
 
 
-class Router(Protocol):
-    """Decides, inside one forward, which rows of the batch go through which adapter (`trimtab.routing`)."""
+# Runs one hooked module, given its own call, its leaves, and the call's arguments.
+Router = Callable[[nn.Module, Call, list[Leaf], tuple[Any, ...], dict[str, Any]], Any]
 
-    @property
-    def engaged(self) -> bool:
-        """Whether hooked modules must be run by `run`."""
 
-    def before_forward(self) -> None:
-        """A forward of the whole model begins."""
-
-    def run(
-        self, module: nn.Module, call: Call, leaves: list[Leaf], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Run one hooked module."""
+LINEAGE = "_trimtab_lineage"  # on a model for good: the adapters that were merged into it to stay
 
 
 @dataclass(eq=False)
@@ -39,18 +33,21 @@ class Attached:
     root: nn.Module
     adapters: dict[str, Adapter] = field(default_factory=dict)
     required_grad: list[nn.Parameter] = field(default_factory=list)
-    handles: list[Any] = field(default_factory=list)
+    undo: list[Callable[[], object]] = field(default_factory=list)
     hooked: list[nn.Module] = field(default_factory=list)
     router: Router | None = None
 
     def before_forward(self) -> None:
-        """A forward of the whole model begins: note it for routing; stop where a schedule was never bound."""
-        if torch.compiler.is_compiling():
-            return
-        if self.router is not None:
-            self.router.before_forward()
-        for adapter in self.adapters.values():
-            adapter.check_bound()
+        """A forward of the whole model begins: stop where a schedule was never bound."""
+        if not torch.compiler.is_compiling():
+            for adapter in self.adapters.values():
+                adapter.check_bound()
+
+    def refuse_merged(self, action: str) -> None:
+        """Stop where an adapter is merged: its change would be taken for the base's own numbers."""
+        merged = [name for name, adapter in self.adapters.items() if adapter.merged]
+        if merged:
+            raise AttachError(f"adapter {merged[0]!r} is merged into this model; unmerge it before {action}.")
 
     def keep_modes(self) -> None:
         """Hold the base in evaluation mode where an adapter asked for that."""
@@ -61,30 +58,42 @@ class Attached:
     def hook(self, module: nn.Module, path: str, parameters: tuple[str, ...] = ()) -> None:
         """Hook a module and remember it."""
         if not is_hooked(module):
-            hook(module, path, self, parameters)
             self.hooked.append(module)
-        elif parameters:
-            hook(module, path, self, parameters)
+        hook(module, path, self, parameters)
 
-    def cover(self, path: str) -> None:
-        """Switch off torch's own inference fast paths above a target."""
-        self.handles += switch_off_fast_path(self.root, path)
+    def connect(self, leaf: Leaf, key: str, path: str) -> None:
+        """Register a leaf on its target, which lies at `path`, and hook every module that it acts through."""
+        target = leaf.target
+        if key in target._modules or key in target.__dict__:
+            raise AttachError(f"module {path!r} already holds {key!r}; choose another adapter name.")
+        for module, place, parameters in ((target, path, ()), *leaf.read_through()):
+            self.hook(module, place, parameters)
+        self.undo += switch_off_fast_paths(self.root, path)
+        target._modules[key] = leaf
 
-    def release(self) -> None:
-        """Give every module its own class back, and the base its own requires_grad."""
-        for handle in self.handles:
-            handle.remove()
-        for module in self.hooked:
-            unhook(module)
-        for parameter in self.required_grad:
-            parameter.requires_grad_(True)
+    def remove(self, adapter: Adapter) -> None:
+        """Take an adapter out of the model, also one that was attached in part only; with the last, all is undone."""
+        for leaf in adapter.leaves():
+            for key in [key for key, child in leaf.target._modules.items() if child is leaf]:
+                del leaf.target._modules[key]
+        for name in (name for part in adapter.parts for name in part.shared_names.values()):
+            self.root._parameters.pop(name, None)
+            self.root._buffers.pop(name, None)
+        self.adapters.pop(adapter.name, None)
+        self._unhook_unused()
+        if not self.adapters:
+            for undo in self.undo:
+                undo()
+            for parameter in self.required_grad:
+                parameter.requires_grad_(True)
 
-    def drop_unused(self) -> None:
-        """Give modules that no adapter uses any more their own class back."""
+    def _unhook_unused(self) -> None:
         leaves = [leaf for adapter in self.adapters.values() for leaf in adapter.leaves()]
         used = {id(leaf.target) for leaf in leaves} | {id(m) for leaf in leaves for m, _, _ in leaf.read_through()}
+        if self.adapters:
+            used.add(id(self.root))
         for module in self.hooked:
-            if id(module) not in used and module is not self.root:
+            if id(module) not in used:
                 unhook(module)
         self.hooked = [module for module in self.hooked if is_hooked(module)]
 
@@ -101,12 +110,10 @@ def begin(model: nn.Module) -> Attached:
     if existing is not None:
         return existing
     _refuse_unfit(model)
-    attached = Attached(model)
+    attached = Attached(model, undo=[handle.remove for handle in keep_from_repacking(model)])
     attached.hook(model, "")
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            attached.required_grad.append(parameter)
-            parameter.requires_grad_(False)
+    attached.required_grad = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
     return attached
 
 
@@ -117,7 +124,7 @@ def _refuse_unfit(model: nn.Module) -> None:
             f"{inside[0] or 'the model'!r} belongs to an attachment of another root; attach to the same model object "
             f"as before, or detach the other adapter first."
         )
-    if any(name.rsplit(".", 1)[-1].startswith(PREFIX) for name, _ in model.named_modules() if name):
+    if any(is_adapters(name) for name, _ in model.named_modules()):
         raise AttachError(f"the model has modules whose names start with {PREFIX!r}, which adapters use.")
     refuse_sharded(model, "attach an adapter to", "Attach before DistributedDataParallel or fully_shard.")
 
@@ -132,32 +139,22 @@ def refuse_sharded(model: nn.Module, action: str, remedy: str) -> None:
             raise AttachError(f"cannot {action} a model that is already distributed ({where}). {remedy}")
 
 
-class _WithoutNestedTensors:
-    """Keeps one nn.TransformerEncoder from converting its input; `remove` gives it its own choice back."""
-
-    def __init__(self, encoder: nn.TransformerEncoder) -> None:
-        self.encoder, self.own = encoder, encoder.use_nested_tensor
-        encoder.use_nested_tensor = False
-
-    def remove(self) -> None:
-        self.encoder.use_nested_tensor = self.own
-
-
-def switch_off_fast_path(root: nn.Module, path: str) -> list[Any]:
-    """Keep torch's own encoder modules above `path` from reading weights unseen in inference; returns handles.
+def switch_off_fast_paths(root: nn.Module, path: str) -> list[Callable[[], object]]:
+    """Keep torch's own encoder modules above `path` from reading weights unseen in inference; returns what undoes it.
 
     A no-op hook switches off the native path of nn.TransformerEncoderLayer; nn.TransformerEncoder decides by its first
     layer's frozen tensors alone, and must not convert its input.
     """
-    handles: list[Any] = []
+    undo: list[Callable[[], object]] = []
     steps = path.split(".") if path else []
     for depth in range(len(steps) + 1):
         module = root.get_submodule(".".join(steps[:depth]))
         if isinstance(module, nn.TransformerEncoderLayer) and _no_change not in module._forward_pre_hooks.values():
-            handles.append(module.register_forward_pre_hook(_no_change))
+            undo.append(module.register_forward_pre_hook(_no_change).remove)
         if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
-            handles.append(_WithoutNestedTensors(module))
-    return handles
+            module.use_nested_tensor = False
+            undo.append(functools.partial(setattr, module, "use_nested_tensor", True))
+    return undo
 
 
 def _no_change(module: nn.Module, args: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from trimtab.contract import execution, files, life, quantised, training, weights
+from trimtab.contract import declarations, execution, files, life, quantised, samples, training, weights
 from trimtab.contract.case import Case, ContractViolation, attached
 from trimtab.contract.instances import small_instance
 from trimtab.contract.models import built_in_cases
@@ -25,6 +25,7 @@ __all__ = [
 INVARIANTS: dict[str, Invariant] = {
     invariant.__name__: invariant
     for invariant in (
+        declarations.promises_what_its_parts_do,
         training.starts_as_declared,
         training.start_depends_on_seed_alone,
         training.counts_match_plan,
@@ -54,6 +55,7 @@ INVARIANTS: dict[str, Invariant] = {
         execution.checkpoints_reentrantly,
         execution.compiles_whole,
         quantised.runs_on_quantised_base,
+        samples.gives_gradients_of_each_row,
         execution.looks_back_only,
         execution.generates_from_a_cache,
         execution.refuses_instance_forward,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Iterable
-from types import ModuleType
 
 
 class TrimtabError(Exception):
@@ -28,32 +26,18 @@ class TrainingError(TrimtabError):
     """Training would go on without doing what was asked."""
 
 
-class Interrupted(TrimtabError):
-    """The user stopped a training run; says what was saved and how to go on."""
-
-
 class AdapterFileError(TrimtabError):
     """An adapter file cannot be written or read; names the file, the cause and the way out."""
 
 
-class DataError(TrimtabError):
-    """Training data cannot be used as asked; names the file, the line, what was found and the way out."""
-
-
-class ModelError(TrimtabError):
-    """A model to train cannot be found, or does not hold what the task needs."""
-
-
-class MissingExtraError(TrimtabError):
-    """An optional dependency is absent; names the extra that brings it."""
-
-
-def nearest(word: str, candidates: Iterable[str], count: int = 3) -> list[str]:
+def nearest(word: str, candidates: Iterable[str], count: int = 4) -> list[str]:
     """Return up to `count` candidates most like `word`, best first (possibly none)."""
     pool = list(dict.fromkeys(candidates))
-    found = difflib.get_close_matches(word, pool, n=count, cutoff=0.5)
-    by_tail = difflib.get_close_matches(word, [name.rsplit(".", 1)[-1] for name in pool], n=count, cutoff=0.5)
-    found += [name for name in pool if name.rsplit(".", 1)[-1] in by_tail]
+    tails = {name.rsplit(".", 1)[-1]: name for name in reversed(pool)}  # the first place of each last name
+    found = [name for name in (*pool, *tails) if sorted(name) == sorted(word)]  # two swapped letters
+    found += difflib.get_close_matches(word, pool, n=count, cutoff=0.5)
+    found += difflib.get_close_matches(word, tails, n=count, cutoff=0.5)
+    found = [name if name in pool else tails[name] for name in found]
     return list(dict.fromkeys(found))[:count]
 
 
@@ -68,12 +52,9 @@ def suggestion(word: str, candidates: Iterable[str]) -> str:
     return " Known: " + ", ".join(pool[:12]) + (", …" if len(pool) > 12 else "") + "."
 
 
-def require(module: str, extra: str) -> ModuleType:
-    """Import an optional dependency; raises MissingExtraError naming the extra when it is absent."""
+def brief(value: object) -> str:
+    """Return a value as errors show it, in at most 80 characters."""
     try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"this needs the package {module!r}, which is not installed; "
-            f"install it with: pip install 'trimtab[{extra}]'"
-        ) from error
+        return f"{value!r:.80}"
+    except ValueError:  # whole numbers of more than 4,300 digits
+        return f"<{type(value).__name__} too long to print>"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from trimtab.errors import TrainingError
+from trimtab.errors import TrainingError, brief
+from trimtab.quantized import whole
 
 if TYPE_CHECKING:
     from trimtab.adapter import Adapter
@@ -25,7 +26,8 @@ class Binding:
     has_penalty: bool
     penalty_taken: bool = False
     skipped: bool = False
-    still: int = 0
+    made: int = 0
+    moving: int = 0
     reached: set[str] = field(default_factory=set)
     handles: list[Any] = field(default_factory=list)
 
@@ -38,7 +40,7 @@ class Binding:
         if self.has_penalty:
             self._take_penalty()
         for part in self.adapter.parts:
-            part.method.before_step(part)
+            part.call("before_step")
 
     def after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """The optimizer has stepped: run the schedules; the gradients are still there."""
@@ -47,12 +49,13 @@ class Binding:
         adapter = self.adapter
         with torch.no_grad():
             for part in adapter.parts:
-                part.method.after_step(part, adapter.steps, self.total_steps)
+                part.call("after_step", adapter.steps, self.total_steps)
         adapter.steps += 1
         # A warm-up that starts at zero moves nothing in its first step, and the second gradient is the first again.
-        self.still += all(float(group["lr"]) == 0.0 for group in optimizer.param_groups)
-        if adapter.steps - self.still <= 2:
-            self._check_reach(last=adapter.steps - self.still == 2)
+        self.made += 1
+        self.moving += any(float(group["lr"]) != 0.0 for group in optimizer.param_groups)
+        if self.moving <= 2 and adapter.steps - self.made <= 2:  # a run resumed later has been checked before
+            self._check_reach(last=self.moving == 2)
 
     def _take_penalty(self) -> None:
         if self.penalty == "loss":
@@ -76,20 +79,16 @@ class Binding:
 
     def _check_reach(self, last: bool) -> None:
         """After the second step every tensor must have received a gradient, where its method says so."""
-        expected = []
-        for name, tensor, spec in self.adapter.named_tensors():
-            if not spec.trainable or not spec.reached or not tensor.requires_grad:
-                continue
-            expected.append(name)
-            if tensor.grad is not None and bool(tensor.grad.detach().abs().max() > 0):
-                self.reached.add(name)
-        missing = [name for name in expected if name not in self.reached]
+        tensors = [(name, tensor) for name, tensor, spec in self.adapter.named_tensors() if spec.reached]
+        gradients = {name: tensor.grad for name, tensor in tensors if tensor.requires_grad}
+        self.reached |= {n for n, grad in gradients.items() if grad is not None and bool(whole(grad).abs().max() > 0)}
+        missing = [name for name in gradients if name not in self.reached]
         if last and missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             shown = ", ".join(repr(name) for name in missing[:5]) + more
             raise TrainingError(
                 f"adapter {self.adapter.name!r}: after two steps no gradient has reached {shown} "
-                f"({len(missing)} of {len(expected)} tensors). They would never train: the model does not use these "
+                f"({len(missing)} of {len(gradients)} tensors). They would never train: the model does not use these "
                 f"places, or checkpointing with frozen inputs cuts the gradient (use use_reentrant=False)."
             )
 
@@ -97,7 +96,6 @@ class Binding:
         """Take the hooks off the optimizer; the adapter can then be bound to another one."""
         for handle in self.handles:
             handle.remove()
-        self.handles.clear()
         self.adapter.binding = None
 
 
@@ -110,11 +108,13 @@ def bind(adapter: Adapter, optimizer: Any, total_steps: int | None, penalty: Lit
     inner = unwrap(optimizer)
     if adapter.binding is not None:
         raise TrainingError(f"adapter {adapter.name!r} is bound to an optimizer already.")
-    needs = [p.method for p in adapter.parts if p.method.capabilities.requires_binding]
-    if needs and (total_steps is None or total_steps < 1):
+    if penalty not in ("step", "loss"):
+        raise TrainingError(f"bind: penalty={brief(penalty)}; choose 'step' or 'loss'.")
+    needs = [p.method for p in adapter.parts if p.method.promises().requires_binding]
+    if needs if total_steps is None else (type(total_steps) is not int or total_steps < 1):
+        why = f"{type(needs[0]).__name__} follows a schedule over the whole run: " if needs else ""
         raise TrainingError(
-            f"{type(needs[0]).__name__} follows a schedule over the whole run: bind(optimizer, total_steps=…) needs "
-            f"the number of optimizer steps, found {total_steps!r}."
+            f"{why}bind(optimizer, total_steps=…) needs the number of optimizer steps, found {brief(total_steps)}."
         )
     held = {id(p) for group in inner.param_groups for p in group["params"]}
     absent = [name for name, p in adapter.named_parameters() if p.requires_grad and id(p) not in held]
@@ -125,11 +125,10 @@ def bind(adapter: Adapter, optimizer: Any, total_steps: int | None, penalty: Lit
         )
     for part in adapter.parts:
         part.method.check_schedule(total_steps or 0)
-    has_penalty = any(part.method.penalty(part) is not None for part in adapter.parts)
-    binding = Binding(adapter, inner, total_steps or 0, penalty, has_penalty)
-    binding.handles.append(inner.register_step_pre_hook(binding.before_step))
-    binding.handles.append(inner.register_step_post_hook(binding.after_step))
-    adapter.binding = binding
+    has_penalty = any(part.call("penalty") is not None for part in adapter.parts)
+    adapter.binding = binding = Binding(adapter, inner, total_steps or 0, penalty, has_penalty)
+    before, after = binding.before_step, binding.after_step
+    binding.handles = [inner.register_step_pre_hook(before), inner.register_step_post_hook(after)]
 
 
 def unwrap(optimizer: Any) -> torch.optim.Optimizer:

@@ -3,95 +3,77 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.hooks import PREFIX
 from trimtab.quantized import dense_weight, is_packed, linear_features
 from trimtab.structure import Structure
 
-SAMPLED_TENSORS = 48
-SAMPLES = 8
+SAMPLED_TENSORS, SAMPLES, VALUES = 48, 8, 64
 
 
-def _base_parameters(model: nn.Module, replaced: set[str]) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    seen: set[int] = set()
-    for path, module in Structure(model).modules.items():
-        for name, parameter in module._parameters.items():
-            full = f"{path}:{name}" if path else name
-            if parameter is None or id(parameter) in seen or name.startswith(PREFIX) or full in replaced:
-                continue
-            seen.add(id(parameter))
-            yield full, module, name, parameter
+def _base_parameters(model: nn.Module, replaced: set[str]) -> dict[str, tuple[nn.Module, str, Tensor]]:
+    structure = Structure(model)
+    found = {}
+    for path, name, parameter in structure.parameters():
+        found[f"{path}:{name}" if path else name] = (structure.modules[path], name, parameter)
+    return {full: place for full, place in found.items() if full not in replaced}
 
 
 def _shape(module: nn.Module, name: str, parameter: Tensor) -> list[int]:
-    features = linear_features(module)
-    if is_packed(module, name) and features is not None:
-        return [features[1], features[0]]
-    return list(parameter.shape)
+    features = linear_features(module) if is_packed(module, name) else None
+    return list(parameter.shape) if features is None else [features[1], features[0]]
 
 
 def fingerprint(model: nn.Module, replaced: set[str]) -> dict[str, Any]:
-    """Describe the base: names, shapes and dtypes of its parameters, and sampled values.
+    """Describe the base: shapes, a checksum of every plain parameter, and numbers to know it in another precision.
 
     `replaced` are the parameters ("path:name") that the adapter itself replaces whole, such as a new head.
     """
-    entries = list(_base_parameters(model, replaced))
-    shapes = {full: _shape(module, name, parameter) for full, module, name, parameter in entries}
-    digest = hashlib.sha256(repr(sorted(shapes.items())).encode()).hexdigest()
-    step = max(1, len(entries) // SAMPLED_TENSORS)
-    samples = {full: _sample(module, name) for full, module, name, _ in entries[::step][:SAMPLED_TENSORS]}
-    precision = {full: _precision(module, name) for full, module, name, _ in entries if full in samples}
-    return {"shapes": shapes, "digest": digest, "samples": samples, "precision": precision}
+    base = _base_parameters(model, replaced)
+    shapes = {full: _shape(*place) for full, place in base.items()}
+    sampled = set(sorted(shapes)[:: max(1, len(shapes) // SAMPLED_TENSORS)][:SAMPLED_TENSORS])
+    samples, precision, checks = {}, {}, {}
+    for full, (module, name, parameter) in base.items():
+        packed = is_packed(module, name)
+        kind = "quantised" if packed else str(parameter.dtype).removeprefix("torch.")
+        values = _values(module, name) if not parameter.is_meta and (full in sampled or not packed) else []
+        checks[full] = kind if packed else f"{kind} {hashlib.sha256(repr(values).encode()).hexdigest()[:8]}"
+        if full in sampled:
+            samples[full], precision[full] = values[:: max(1, len(values) // SAMPLES)][:SAMPLES], kind
+    return {"shapes": shapes, "checks": checks, "samples": samples, "precision": precision}
 
 
-def _precision(module: nn.Module, name: str) -> str:
-    parameter = module._parameters[name]
-    assert parameter is not None
-    return "quantised" if is_packed(module, name) else str(parameter.dtype).removeprefix("torch.")
-
-
-def _sample(module: nn.Module, name: str) -> list[float]:
-    parameter = module._parameters[name]
-    assert parameter is not None
-    if parameter.is_meta:
-        return []
+def _values(module: nn.Module, name: str) -> list[float | str]:
+    """Return numbers of a weight, spread evenly over it."""
     flat = dense_weight(module, name).reshape(-1)
-    places = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
-    return [float(value) for value in flat[places.to(flat.device)].double()]
+    places = torch.linspace(0, flat.numel() - 1, min(VALUES, flat.numel()), dtype=torch.float64).long()
+    values = flat[places.to(flat.device)].double().tolist()
+    return [value if math.isfinite(value) else str(value) for value in values]  # JSON has finite numbers only
 
 
 _TOLERANCE = {"float64": 1e-6, "float32": 1e-6, "float16": 2e-3, "bfloat16": 1e-2, "quantised": 0.15}
 
 
-def difference(stored: dict[str, Any], model: nn.Module, replaced: set[str]) -> tuple[str | None, bool]:
-    """Compare a stored fingerprint with a model; returns (what differs or None, whether the precision differs)."""
+def difference(stored: dict[str, Any], model: nn.Module, replaced: set[str]) -> str | None:
+    """Compare a stored fingerprint with a model; returns what differs by more than the precision explains, or None."""
     found = fingerprint(model, replaced)
-    if stored["digest"] != found["digest"]:
-        return _shape_difference(stored["shapes"], found["shapes"]), False
-    other_precision = False
-    for name, expected in stored["samples"].items():
-        values = found["samples"].get(name, [])
-        if stored["precision"].get(name) == found["precision"].get(name):
-            if values != expected:
-                return f"the weights of {name!r} are other ones", False
-            continue
-        other_precision = True
-        tolerance = max(_TOLERANCE.get(p, 1e-2) for p in (stored["precision"][name], found["precision"][name]))
-        if not _near(expected, values, tolerance):
-            return f"the weights of {name!r} differ by more than the precision explains", True
-    return None, other_precision
-
-
-def _near(expected: list[float], found: list[float], tolerance: float) -> bool:
-    size = max((abs(value) for value in expected), default=0.0)
-    return len(expected) == len(found) and all(
-        abs(a - b) <= tolerance * max(size, 1e-12) for a, b in zip(expected, found, strict=True)
-    )
+    if stored["shapes"] != found["shapes"]:
+        return _shape_difference(stored["shapes"], found["shapes"])
+    for name, check in found["checks"].items():
+        if check != stored["checks"][name] and check.split(" ")[0] == stored["checks"][name].split(" ")[0]:
+            return f"the weights of {name!r} are other ones"
+    for name, values in found["samples"].items():
+        kinds, expected = {stored["precision"][name], found["precision"][name]}, stored["samples"][name]
+        size = max((abs(float(value)) for value in expected), default=0.0)
+        allowed = size * max(_TOLERANCE.get(kind, 1e-2) for kind in kinds) if len(kinds) > 1 else 0.0
+        near = (abs(float(a) - float(b)) <= allowed for a, b in zip(values, expected, strict=True))
+        if values != expected and not all(near):
+            return f"the weights of {name!r} differ by more than the precision explains"
+    return None
 
 
 def _shape_difference(stored: dict[str, Any], found: dict[str, Any]) -> str:

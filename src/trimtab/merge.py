@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -48,38 +49,48 @@ class Receipt:
         return f"merged {len(self.parameters)} parameters, relative change {self.relative_change:.3g}{created}{probe}"
 
 
-@dataclass(eq=False)
-class Merged:
-    """The parameters that a merge replaced, with their values before and after."""
+@dataclass(frozen=True, eq=False)
+class Change:
+    """An edit and the base's own parameter there (None: it has none); with `original`, its values are overwritten.
 
-    edits: list[Edit]
-    originals: list[Tensor | None]
-    ties: list[nn.Parameter | None]
+    Without `original` the place gets a parameter of its own.
+    """
+
+    edit: Edit
+    parameter: nn.Parameter | None
+    original: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """The changes of one merge."""
+
+    changes: list[Change]
 
     @property
-    def created_bias(self) -> bool:
-        """Whether a parameter was created that the base does not have."""
-        return any(original is None for original in self.originals)
+    def created(self) -> tuple[str, ...]:
+        """The parameters that the base does not have."""
+        return tuple(str(change.edit) for change in self.changes if change.parameter is None)
 
+    @torch.no_grad()
     def apply(self) -> None:
-        """Write the merged values, keeping every parameter object and storage."""
-        with torch.no_grad():
-            for edit, tie in zip(self.edits, self.ties, strict=True):
-                parameter = edit.module._parameters.get(edit.parameter)
-                if parameter is None or tie is not None:
-                    edit.module._parameters[edit.parameter] = nn.Parameter(edit.value.clone(), requires_grad=False)
-                else:
-                    parameter.copy_(edit.value)
-
-
-def restore(record: Merged) -> None:
-    """Write the originals back, bit for bit."""
-    with torch.no_grad():
-        for edit, original, tie in zip(record.edits, record.originals, record.ties, strict=True):
-            if original is None or tie is not None:
-                edit.module._parameters[edit.parameter] = tie
+        """Write the merged values, keeping every parameter object and storage that is the base's own."""
+        for change in self.changes:
+            edit, holder = change.edit, change.edit.module._parameters
+            if change.original is None:
+                holder[edit.parameter] = nn.Parameter(edit.value.clone(), requires_grad=False)
             else:
-                edit.module._parameters[edit.parameter].copy_(original)  # type: ignore[union-attr]
+                holder[edit.parameter].copy_(edit.value)  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Write the originals back, bit for bit."""
+        for change in self.changes:
+            edit, holder = change.edit, change.edit.module._parameters
+            if change.original is None:
+                holder[edit.parameter] = change.parameter
+            else:
+                holder[edit.parameter].copy_(change.original)  # type: ignore[union-attr]
 
 
 def merge_leaves(adapter: Adapter, untie: bool, probe: Any) -> Receipt:
@@ -87,9 +98,7 @@ def merge_leaves(adapter: Adapter, untie: bool, probe: Any) -> Receipt:
     refuse_sharded(adapter.model, "merge an adapter into", "Save the adapter and merge it into an unwrapped model.")
     if adapter.merged:
         raise AttachError(f"adapter {adapter.name!r} is merged already.")
-    others = [name for name, other in adapter.attached.adapters.items() if other.merged]
-    if others:
-        raise AttachError(f"adapter {others[0]!r} is merged into this model; unmerge it before merging another.")
+    adapter.attached.refuse_merged("merging another")
     for part in adapter.parts:
         capabilities = part.method.capabilities
         if capabilities.merge == "none":
@@ -97,76 +106,60 @@ def merge_leaves(adapter: Adapter, untie: bool, probe: Any) -> Receipt:
         part.method.before_merge(part)
     before = _outputs(adapter.model, probe)
     with torch.no_grad():
-        edits = _rounded([edit for leaf in adapter.leaves() for edit in leaf.edits()])
-    ties = _ties(adapter, edits, untie)
-    originals = [None if (p := e.module._parameters.get(e.parameter)) is None else p.detach().clone() for e in edits]
-    relative = _relative_change(edits, originals)
+        edits = [edit for leaf in adapter.leaves() for edit in leaf.edits()]
+    record = Merged(_changes(adapter.model, edits, untie))
+    relative = _relative_size(record.changes)
     if relative == 0.0:
         raise AttachError(f"merging adapter {adapter.name!r} would change nothing: it is still at its start, or empty.")
-    record = Merged(edits, originals, ties)
     record.apply()
     adapter.merge_record = record
-    for part in adapter.parts:
-        part.state.merged = True
-    after = _outputs(adapter.model, probe)
-    difference = None if before is None or after is None else _largest_difference(before, after)
-    created = tuple(str(e) for e, original in zip(edits, originals, strict=True) if original is None)
-    return Receipt(tuple(str(edit) for edit in edits), relative, created, difference)
+    outputs = zip(before, _outputs(adapter.model, probe), strict=True)
+    difference = max((float((a.double() - b.double()).abs().max()) for a, b in outputs), default=None)
+    return Receipt(tuple(str(edit) for edit in edits), relative, record.created, difference)
 
 
-def _rounded(edits: list[Edit]) -> list[Edit]:
-    """Round once to the dtype of the parameter; two edits of one parameter cannot be told apart and are refused."""
-    seen: set[tuple[int, str]] = set()
-    rounded = []
+def _changes(model: nn.Module, edits: list[Edit], untie: bool) -> list[Change]:
+    """Round each edit once to the base's dtype; refuses what would be rounded away, or would reach another weight."""
+    holders = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    changes: dict[tuple[int, str], Change] = {}
     for edit in edits:
-        place = (id(edit.module), edit.parameter)
-        if place in seen:
-            raise AttachError(
-                f"two parts of the adapter change {str(edit)!r}; merge them as separate adapters in turn."
-            )
-        seen.add(place)
-        stored = edit.module._parameters.get(edit.parameter)
-        like = stored if stored is not None else next(p for p in edit.module._parameters.values() if p is not None)
-        rounded.append(replace(edit, value=edit.value.detach().to(like.dtype).contiguous()))
-    return rounded
-
-
-def _ties(adapter: Adapter, edits: list[Edit], untie: bool) -> list[nn.Parameter | None]:
-    """Return, for each edit, the shared parameter that must come apart; refuses that unless asked for."""
-    holders: dict[int, int] = {}
-    for module in adapter.model.modules():
-        for parameter in module._parameters.values():
-            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-    ties: list[nn.Parameter | None] = []
-    for edit in edits:
-        parameter = edit.module._parameters.get(edit.parameter)
-        if parameter is not None and is_packed(edit.module, edit.parameter):
+        place, members = (id(edit.module), edit.parameter), edit.module._parameters
+        if place in changes:
+            raise AttachError(f"two parts of the adapter change {str(edit)!r}; merge them as adapters of their own.")
+        if is_packed(edit.module, edit.parameter):
             raise AttachError(
                 f"{str(edit)!r} is stored quantised: merging would round the change away. "
                 f"Keep the adapter attached, or load the base in full precision and merge there."
             )
+        parameter = members.get(edit.parameter)
         tied = parameter is not None and holders[id(parameter)] > 1 and not edit.for_all_holders
         if tied and not untie:
             raise AttachError(
                 f"{str(edit)!r} is tied to another weight of the model, which the adapter does not change: merging "
                 f"would change both. Use merge(untie=True) to give this one a weight of its own."
             )
-        ties.append(parameter if tied else None)
-    return ties
+        like = next(p for p in (parameter, *members.values()) if p is not None)
+        rounded = replace(edit, value=edit.value.detach().to(like.dtype).contiguous())
+        original = None if parameter is None or tied else parameter.detach().clone()
+        changes[place] = Change(rounded, parameter, original)
+    return list(changes.values())
 
 
-def _relative_change(edits: list[Edit], originals: list[Tensor | None]) -> float:
+def _relative_size(changes: list[Change]) -> float:
+    """Return ‖W′ − W‖ / ‖W‖ over all changed parameters, before they are written."""
     changed = total = 0.0
-    for edit, original in zip(edits, originals, strict=True):
-        base = torch.zeros_like(edit.value) if original is None else original
-        changed += float((edit.value.double() - base.double()).square().sum())
-        total += float(base.double().square().sum())
+    for change in changes:
+        value = change.edit.value.double()
+        base = torch.zeros_like(value) if change.parameter is None else change.parameter.detach().double()
+        changed += float((value - base).square().sum())
+        total += float(base.square().sum())
     return float((changed / total) ** 0.5) if total else float(changed > 0)
 
 
-def _outputs(model: nn.Module, probe: Any) -> list[Tensor] | None:
+def _outputs(model: nn.Module, probe: Any) -> list[Tensor]:
+    """Return the floating-point outputs for a probe; none without one."""
     if probe is None:
-        return None
+        return []
     modes = {module: module.training for module in model.modules()}
     model.eval()
     with torch.no_grad():
@@ -175,7 +168,3 @@ def _outputs(model: nn.Module, probe: Any) -> list[Tensor] | None:
         module.training = mode
     values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else [output]
     return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
-
-
-def _largest_difference(before: list[Tensor], after: list[Tensor]) -> float:
-    return max(float((a.double() - b.double()).abs().max()) for a, b in zip(before, after, strict=True))

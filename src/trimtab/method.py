@@ -7,8 +7,9 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import operator
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -16,14 +17,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, get_ar
 import torch
 from torch import Tensor, nn
 
-from trimtab.errors import SettingError, TrimtabError, suggestion
+from trimtab.errors import SettingError, TrimtabError, brief, suggestion
 
 if TYPE_CHECKING:
     from trimtab.adapter import Part
-    from trimtab.targets import Structure
+    from trimtab.structure import Structure
 
 T = TypeVar("T")
+_types_of = functools.cache(get_type_hints)  # evaluated once: loading a file evaluates nothing
 Targets = str | tuple[str, ...] | Callable[[str, nn.Module], bool]
+Stored = Literal["always", "seed", "derived", "training"]
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,22 @@ class Capabilities:
     causal_safe: bool = True
     cached_generation: bool = True
     quantized_base: bool = True
-    per_sample_gradients: bool = False
+    per_sample_gradients: bool = True
     creates_bias: bool = False
     routable: bool = True
     requires_binding: bool = False
+    requires_calibration: bool = False
     keeps_base: bool = True
     checkpointing: bool = True
     base_mode: Literal["follow", "eval"] = "follow"
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Data that a method starts from: batches (the model's inputs by keyword or position) and `loss(model, batch)`."""
+
+    data: Iterable[Any]
+    loss: Callable[[nn.Module, Any], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,24 +76,16 @@ class Spec:
 
     shape: tuple[int, ...]
     trainable: bool = True
-    stored: Literal["always", "seed", "derived", "training"] = "always"
+    stored: Stored = "always"
     dtype: torch.dtype | None = None
     lr_scale: float = 1.0
     decay: bool = True
     reached: bool = True
 
 
-def frozen(
-    *shape: int, stored: Literal["always", "seed", "derived", "training"], dtype: torch.dtype | None = None
-) -> Spec:
+def frozen(*shape: int, stored: Stored, dtype: torch.dtype | None = None) -> Spec:
     """Return the spec of a tensor that is never trained."""
     return Spec(shape, trainable=False, stored=stored, dtype=dtype)
-
-
-def index_dtype(size: int) -> torch.dtype:
-    """Return the narrowest integer type that holds the positions 0 … size-1."""
-    types = (torch.uint8, torch.int16, torch.int32)
-    return next((kind for kind in types if size - 1 <= torch.iinfo(kind).max), torch.int64)
 
 
 def setting(
@@ -105,7 +109,7 @@ class _CheckedConstruction(type):
 
         def __call__(cls, *args: object, **settings: object) -> object:
             signature = inspect.signature(cls.__init__)
-            known = [name for name in signature.parameters if name != "self" and name in cls.__dataclass_fields__]
+            known = [name for name in signature.parameters if name in cls.__dataclass_fields__]
             for name in settings:
                 if name not in known:
                     raise SettingError(f"{cls.__name__} has no setting {name!r}." + suggestion(name, known))
@@ -154,6 +158,9 @@ class Method(metaclass=_CheckedConstruction):
     def initialise_shared(self, sites: list[Any], tensors: dict[str, Tensor], generator: torch.Generator) -> None:
         """Fill the shared tensors in place; called before `initialise`."""
 
+    def calibrate(self, part: Part, batches: Batches) -> None:
+        """Start from data, where `requires_calibration` asks for it; called after `initialise`, without recording."""
+
     def check_schedule(self, total_steps: int) -> None:
         """Check at binding that a schedule fits a run of that many optimizer steps; raises TrainingError."""
 
@@ -181,24 +188,26 @@ class Method(metaclass=_CheckedConstruction):
 
 def settings_of(method: Method) -> dict[str, object]:
     """Return the settings that differ from their defaults, by name."""
-    changed = {}
-    for f in dataclasses.fields(method):
-        value = getattr(method, f.name)
-        if f.default is dataclasses.MISSING or value != f.default:
-            changed[f.name] = value
-    return changed
+    return {f.name: value for f in dataclasses.fields(method) if (value := getattr(method, f.name)) != f.default}
 
 
 def check_settings(method: Method) -> None:
     """Check types and ranges of every setting, then the method's own rules; raises SettingError."""
-    hints = get_type_hints(type(method))
+    hints = _types_of(type(method))
     for f in dataclasses.fields(method):
         value = getattr(method, f.name)
-        where = f"{type(method).__name__}({f.name}={value!r})"
-        if not _fits(value, hints[f.name]):
+        where = f"{type(method).__name__}({f.name}={brief(value)})"
+        if not fits(value, hints[f.name]):
             raise SettingError(f"{where}: expected {_readable(hints[f.name])}, found {type(value).__name__}.")
         _check_range(where, value, f.metadata)
     method.validate()
+
+
+_BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "minimum": (operator.ge, "at least"),
+    "maximum": (operator.le, "at most"),
+    "above": (operator.gt, "above"),
+}
 
 
 def _check_range(where: str, value: object, metadata: Any) -> None:
@@ -208,38 +217,34 @@ def _check_range(where: str, value: object, metadata: Any) -> None:
         raise SettingError(f"{where}: choose one of {', '.join(names)}." + suggestion(str(value), names))
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    minimum, maximum, above = metadata.get("minimum"), metadata.get("maximum"), metadata.get("above")
-    if minimum is not None and not value >= minimum:
-        raise SettingError(f"{where}: must be at least {minimum}.")
-    if maximum is not None and not value <= maximum:
-        raise SettingError(f"{where}: must be at most {maximum}.")
-    if above is not None and not value > above:
-        raise SettingError(f"{where}: must be above {above}.")
+    single = torch.finfo(torch.float32)
+    most = single.max if isinstance(value, float) else torch.iinfo(torch.int64).max
+    if value != 0 and not single.tiny <= abs(value) <= most:
+        raise SettingError(f"{where}: must be a finite number, in size from {single.tiny:.3g} to {most:.3g} (or 0).")
+    for bound, (holds, words) in _BOUNDS.items():
+        limit = metadata.get(bound)
+        if limit is not None and not holds(value, limit):
+            raise SettingError(f"{where}: must be {words} {limit}.")
 
 
-def _fits(value: object, hint: Any) -> bool:
-    origin = get_origin(hint)
+def fits(value: object, hint: Any) -> bool:
+    """Say whether a value is of a type, as settings and headers of files name them; true and false are no numbers."""
+    origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return any(_fits(value, option) for option in get_args(hint))
+        return any(fits(value, option) for option in inner)
     if origin is Literal:
-        return value in get_args(hint)
-    if origin is tuple:
-        inner = get_args(hint)
-        if not isinstance(value, tuple):
-            return False
-        if inner[-1] is Ellipsis:
-            return all(_fits(item, inner[0]) for item in value)
-        return len(value) == len(inner) and all(map(_fits, value, inner))
-    if hint is Any:
-        return True
-    if origin is not None and not isinstance(origin, type):
-        return True
-    kind = origin or hint
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return callable(value) if kind is Callable or "Callable" in str(kind) else isinstance(value, kind)
+        return value in inner
+    if origin is Callable:
+        return callable(value)
+    if origin is tuple and isinstance(value, tuple):
+        expected = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        return len(value) == len(expected) and all(map(fits, value, expected))
+    if origin in (list, dict) and isinstance(value, list | dict):
+        members = value.values() if isinstance(value, dict) else value
+        return isinstance(value, origin) and all(fits(member, inner[-1]) for member in members)
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return hint is Any or isinstance(value, origin or hint)
 
 
 def _readable(hint: Any) -> str:
@@ -266,12 +271,6 @@ def methods() -> dict[str, type[Method]]:
     _import_methods()
     found = {cls.__name__: cls for cls in _subclasses(Method) if "capabilities" in cls.__dict__}
     return dict(sorted(found.items()))
-
-
-def make_method(name: str, settings: Mapping[str, object]) -> Method:
-    """Return the method of that name with these settings: how a method names another as a part of itself."""
-    make: Callable[..., Method] = find_method(name)
-    return make(**settings)
 
 
 def find_method(name: str) -> type[Method]:

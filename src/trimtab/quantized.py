@@ -1,7 +1,9 @@
-"""Reading and writing weights whatever their storage: plain, transposed, bitsandbytes, torchao."""
+"""Reading and writing weights whatever their storage: plain, transposed, bitsandbytes, torchao, sharded."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -52,7 +54,53 @@ def at_least_single(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """Return the tensor itself, or gathered where processes hold shards of it: then all of them must call this."""
     sharded: Any = tensor
-    return sharded.full_tensor() if type(tensor).__name__ == "DTensor" else tensor
+    return sharded.full_tensor() if is_sharded(tensor) else tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Say whether processes hold shards of the tensor."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def placed_like(values: Tensor, tensor: Tensor) -> Tensor:
+    """Return whole values on the device of `tensor`, or this process's shard of them where it holds one of `tensor`."""
+    if not is_sharded(tensor):
+        return values.to(tensor.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = tensor
+    here = values.to(sharded.to_local().device)
+    return distribute_tensor(here, sharded.device_mesh, sharded.placements, src_data_rank=None)  # nothing is sent
+
+
+@contextlib.contextmanager
+def gathered(places: Iterable[tuple[nn.Module, str]], write: bool) -> Iterator[None]:
+    """Inside the `with`, parameters of which processes hold shards are whole, gradients included; all must call this.
+
+    `places`: (module, name of its parameter). `write`: keep what was changed in place; otherwise the whole tensors are
+    functions of the shards, to be differentiated.
+    """
+    held = [(module, name, module._parameters[name]) for module, name in places if name in module._parameters]
+    shards = [(module, name, shard) for module, name, shard in held if shard is not None and is_sharded(shard)]
+    for module, name, shard in shards:
+        full: Any = nn.Parameter(whole(shard.detach()), shard.requires_grad) if write else whole(shard)
+        if write and shard.grad is not None:
+            full.grad = whole(shard.grad)
+        module._parameters[name] = full
+    try:
+        yield
+    finally:
+        for module, name, shard in shards:
+            changed, module._parameters[name] = module._parameters[name], shard
+            if write and changed is not None:
+                _write_back(shard, changed)
+
+
+def _write_back(shard: nn.Parameter, changed: nn.Parameter) -> None:
+    with torch.no_grad():
+        shard.copy_(placed_like(changed.detach(), shard))
+        if shard.grad is not None and changed.grad is not None:
+            shard.grad.copy_(placed_like(changed.grad, shard))
 
 
 def dense_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
@@ -66,13 +114,57 @@ def dense_weight(module: nn.Module, parameter: str = "weight") -> Tensor:
         return _dequantise(module, weight)
 
 
+def plain_numbers(tensor: Any) -> Tensor:
+    """Return a tensor as plain numbers: torchao's types are dequantised, any other is returned as it is."""
+    packed = any(cls.__name__ == "TorchAOBaseTensor" for cls in type(tensor).__mro__)
+    return tensor.dequantize() if packed else tensor  # type: ignore[no-any-return]
+
+
+class _NotRepacked:
+    """Keeps one bitsandbytes map from repacking its weight for inference on this CPU; `remove` gives that back.
+
+    On processors with AVX512-BF16 bitsandbytes replaces a 4-bit weight at the first forward in evaluation mode by a
+    form that rounds its scales to bfloat16 and lets no gradient through, for good.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.own = module, module.support_avx512bf16_for_cpu
+        module.support_avx512bf16_for_cpu = False
+
+    def remove(self) -> None:
+        self.module.support_avx512bf16_for_cpu = self.own
+
+
+def keep_from_repacking(model: nn.Module) -> list[Any]:
+    """Keep 4-bit weights in the form that can be trained beside; returns handles. Raises AttachError if it is lost."""
+    maps = [(path, m) for path, m in model.named_modules() if "support_avx512bf16_for_cpu" in m.__dict__]
+    for path, module in maps:
+        _refuse_repacked(repr(path), module.weight.quant_state)
+    return [_NotRepacked(module) for _, module in maps]
+
+
+def _refuse_repacked(where: str, quant_state: Any) -> None:
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        raise AttachError(
+            f"bitsandbytes has repacked the 4-bit weight of {where} for inference on this CPU, at a forward in "
+            f"evaluation mode: it lets no gradient through and its numbers are rounded. Load the model again and "
+            f"attach before the first forward."
+        )
+
+
 def _dequantise(module: Any, weight: Any) -> Tensor:
-    kind = type(weight).__name__
-    if kind == "Params4bit":
+    """Told by what the weight carries: its class does not survive pickling."""
+    quant_state, name = getattr(weight, "quant_state", None), type(module).__name__
+    if quant_state is not None:
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
-    if kind == "Int8Params":
-        statistics = weight.SCB if weight.SCB is not None else module.state.SCB
-        return weight.data.float() * statistics.view(-1, 1) / 127.0  # type: ignore[no-any-return]
-    return weight.dequantize()  # type: ignore[no-any-return]
+        _refuse_repacked(f"a {name}", quant_state)
+        return dequantize_4bit(weight.data, quant_state)  # type: ignore[no-any-return]
+    if weight.dtype is torch.int8:
+        scales = getattr(weight, "SCB", None)
+        scales = module.state.SCB if scales is None else scales
+        return weight.data.float() * scales.view(-1, 1) / 127.0  # type: ignore[no-any-return]
+    numbers = plain_numbers(weight)
+    if numbers is weight:
+        raise AttachError(f"the weight of a {name} is stored as {weight.dtype}, which cannot be read as numbers.")
+    return numbers

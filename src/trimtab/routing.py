@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from trimtab.attachment import Attached, attached_to
 from trimtab.errors import AttachError, suggestion
-from trimtab.hooks import Call, Leaf, in_backward
+from trimtab.hooks import Call, Leaf, through
+from trimtab.kinds.recomputation import in_backward
 
 _tickets = itertools.count(1)
 
@@ -83,6 +84,16 @@ class Routing:
         """A forward of the whole model begins."""
         self.last_routed, self.of_backward = self.route is not None, None
 
+    def __call__(
+        self, module: nn.Module, call: Call, leaves: list[Leaf], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run one hooked module: by rows where a route is set, through each of its leaves elsewhere."""
+        if module.__dict__["_trimtab_attached"].root is module and not torch.compiler.is_compiling():
+            self.before_forward()
+        if self.engaged:
+            return self.run(module, call, leaves, args, kwargs)
+        return through(leaves, call)(*args, **kwargs)
+
     def run(
         self, module: nn.Module, call: Call, leaves: list[Leaf], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -102,8 +113,10 @@ class Routing:
             return self._ticketed(call(*args, **kwargs), route) if is_root else call(*args, **kwargs)
         fixed = next((leaf for leaf in leaves if not leaf.method.promises().routable), None)
         if fixed is not None:
-            raise AttachError(f"{type(fixed.method).__name__} (adapter {fixed.state.name!r}) cannot be routed by rows.")
-        apply = _beside if all(leaf.beside for leaf in leaves) else functools.partial(_apart, self)
+            raise AttachError(
+                f"{type(fixed.method).__name__} (adapter {fixed.adapter.name!r}) cannot be routed by rows."
+            )
+        apply = _beside if all(leaf.beside for leaf in leaves) else functools.partial(_apart, self, module)
         output = apply(route, call, leaves, args, kwargs)
         return self._ticketed(output, route) if is_root or isinstance(output, Tensor) else output
 
@@ -147,7 +160,7 @@ class _SameRoute(torch.autograd.Function):
 
 
 def _members(leaves: list[Leaf], name: str | None) -> list[Leaf]:
-    return [leaf for leaf in leaves if leaf.state.name == name and not leaf.state.merged]
+    return [leaf for leaf in leaves if leaf.adapter.name == name and not leaf.adapter.merged]
 
 
 def _beside(route: Route, call: Call, leaves: list[Leaf], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -163,9 +176,17 @@ def _beside(route: Route, call: Call, leaves: list[Leaf], args: tuple[Any, ...],
 
 
 def _apart(
-    routing: Routing, route: Route, call: Call, leaves: list[Leaf], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+    routing: Routing, module: nn.Module, route: Route, call: Call, leaves: list[Leaf],
+    args: tuple[Any, ...], kwargs: dict[str, Any],
+) -> Any:  # fmt: skip
     """Run the module once for each adapter, on that adapter's rows; so do the modules inside it."""
+    if isinstance(module, nn.RNNBase):
+        raise AttachError(
+            f"a batch cannot be routed by rows through adapters inside {type(module).__name__}, which returns states "
+            f"whose first axis is layers, not rows; leave its weights out of the targets, or run each adapter's rows "
+            f"by themselves."
+        )
+    _refuse_cache(module, [*args, *kwargs.values()])
     shares, named = [_shares(route, value) for value in args], {k: _shares(route, v) for k, v in kwargs.items()}
     outputs = []
     for position, name in enumerate(route.groups):
@@ -193,8 +214,20 @@ def _joined(route: Route, outputs: Sequence[Any]) -> Any:
 
 
 def _shares(route: Route, value: Any) -> list[Any]:
-    """Return each adapter's part of an argument: its rows of a tensor, all of anything else."""
-    return route.split(value) if isinstance(value, Tensor) and value.dim() else [value] * len(route.groups)
+    """Return each adapter's part of an argument: its rows of a tensor, also inside tuples; all of anything else."""
+    if type(value) is tuple:
+        return list(zip(*(_shares(route, item) for item in value), strict=True)) or [()] * len(route.groups)
+    rows = isinstance(value, Tensor) and value.dim() > 0 and len(value) > 1  # one row is every row's
+    return route.split(value) if rows else [value] * len(route.groups)
+
+
+def _refuse_cache(module: nn.Module, values: list[Any]) -> None:
+    found = next((type(value).__name__ for value in values if "Cache" in type(value).__name__), None)
+    if found is not None:
+        raise AttachError(
+            f"a batch cannot be routed by rows through adapters around a {type(module).__name__} that is given a cache "
+            f"({found}), which holds the keys and values of all rows; run the model with use_cache=False."
+        )
 
 
 def route(model: nn.Module, rows: Sequence[str | None]) -> contextlib.AbstractContextManager[None]:
@@ -211,9 +244,20 @@ def route(model: nn.Module, rows: Sequence[str | None]) -> contextlib.AbstractCo
     return _routed(attached, rows)
 
 
+def _new_routing(root: nn.Module) -> Routing:
+    """Rows are told apart along the first axis: a module that says its batch lies elsewhere cannot be routed."""
+    for path, module in root.named_modules():
+        if getattr(module, "batch_first", True) is False:
+            raise AttachError(
+                f"a batch cannot be routed by rows through {path!r}, whose first axis is positions, not rows; build it "
+                f"with batch_first=True."
+            )
+    return Routing()
+
+
 @contextlib.contextmanager
 def _routed(attached: Attached, rows: Sequence[str | None]) -> Iterator[None]:
-    attached.router = routing = attached.router or Routing()
+    attached.router = routing = attached.router or _new_routing(attached.root)
     assert isinstance(routing, Routing)
     before = routing.route
     groups = {name: torch.tensor([i for i, row in enumerate(rows) if row == name]) for name in dict.fromkeys(rows)}

@@ -1,84 +1,71 @@
-"""Adapter files: one safetensors file with everything in its header, written atomically, read strictly."""
+"""Saving and loading: an adapter file connected to an adapter on its base model, or refused."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.adapter_file import (
-    FILE_NAME,
-    FORMAT,
-    decode_method,
-    digest,
-    encode_method,
-    file_bytes,
-    read_adapter_file,
-    tensor_bytes,
-    write_atomically,
-)
+from trimtab.adapter import Adapter, Part
+from trimtab.adapter_file import decode_method, digest, encode_method, naming, read_adapter_file, write_adapter_file
 from trimtab.attach import adapters as attached_adapters
-from trimtab.attach import build, resolved_part
-from trimtab.errors import AdapterFileError, SettingError, TargetError, TrimtabError
+from trimtab.attach import build, check_arguments, resolved_part
+from trimtab.errors import AdapterFileError, TargetError, TrimtabError
 from trimtab.fingerprint import difference, fingerprint
 from trimtab.method import Method
-from trimtab.quantized import whole
+from trimtab.quantized import placed_like, whole
 from trimtab.structure import Structure
 from trimtab.targets import Item
 from trimtab.version import __version__
 
-if TYPE_CHECKING:
-    from trimtab.adapter import Adapter
 
-
-def save_adapter(adapter: Adapter, path: str | Path, training: bool) -> Path:
+def save_adapter(adapter: Adapter, path: str | Path, training: bool, write: bool = True) -> Path:
     """Write the adapter's file at `path` (a folder, or a .safetensors file) and return it; raises AdapterFileError.
 
     The file is written beside its place, flushed, read back, compared, and renamed: a reader finds the old adapter or
     the new one. A folder also gets a README.md for people, which nothing reads back. On a model that is sharded over
-    processes each of them must call this; each writes the same bytes.
+    processes each of them must call this; each writes the same bytes, or with write=False only helps to gather them.
     """
-    path = Path(path)
-    file = path if path.suffix == ".safetensors" else path / FILE_NAME
+    for name, tensor, spec in adapter.named_tensors():
+        if tuple(tensor.shape) != spec.shape:
+            raise AdapterFileError(f"{path}: {name!r} has shape {tuple(tensor.shape)}, not {spec.shape}; gather it.")
     tensors = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in adapter.file_tensors(training)}
-    if not tensors:
-        raise AdapterFileError(f"{file}: adapter {adapter.name!r} holds no tensors to save.")
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise AdapterFileError(f"{file}: {name!r} holds NaN or infinite numbers; nothing was written.")
-    header = _header(adapter, tensors, training)
-    payload = file_bytes(tensors, {"trimtab": json.dumps(header)})
-    write_atomically(file, payload)
-    if file.name == FILE_NAME:
-        write_atomically(file.with_name("README.md"), _card(adapter, file).encode())
-    return file
-
-
-def _header(adapter: Adapter, tensors: dict[str, Tensor], training: bool) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
+    with contextlib.ExitStack() as unmerged:  # the base itself is meant, also while adapters are merged into it
+        for other in attached_adapters(adapter.model).values():
+            unmerged.enter_context(other.disabled())
+        base = fingerprint(adapter.model, replaced_by(adapter.parts))
+    header = {
         "name": adapter.name,
         "method": encode_method(adapter.method if training else adapter.method.exported()),
-        "items": [[str(item) for item in part.items] for part in adapter.parts],
+        "items": _places(adapter),
         "seed": adapter.seed,
         "base_mode": adapter.base_mode,
         "dtype": str(next(adapter.parameters()).dtype).removeprefix("torch."),
-        "seeded": {name: digest(whole(t)) for name, t, spec in adapter.named_tensors() if spec.stored == "seed"},
-        "sha256": hashlib.sha256(tensor_bytes(file_bytes(tensors))).hexdigest(),
-        "fingerprint": fingerprint(adapter.model, replaced_by(adapter)),
+        "seeded": _seeded(adapter),
+        "fingerprint": base,
         "lineage": list(adapter.lineage),
         "steps": adapter.steps if training else 0,
         "versions": {"trimtab": __version__, "torch": torch.__version__},
     }
+    card = f"# Adapter `{adapter.name}`\n\nMethod: `{adapter.method!r}`\n\n```text\n{adapter.report()}\n```\n\n"
+    card += "Load it with `trimtab.load(model, 'this/folder')`.\n"
+    return write_adapter_file(path, header, tensors, card, write)
 
 
-def replaced_by(adapter: Adapter) -> set[str]:
-    """Return the base parameters ("path:name") that the adapter replaces whole: they are not part of its base."""
-    return {str(site) for part in adapter.parts for site in part.sites if getattr(site, "whole", False)}
+def _places(adapter: Adapter) -> list[list[str]]:
+    return [[str(item) for item in part.items] for part in adapter.parts]
+
+
+def _seeded(adapter: Adapter) -> dict[str, str]:
+    return {name: digest(whole(tensor)) for name, tensor, spec in adapter.named_tensors() if spec.stored == "seed"}
+
+
+def replaced_by(parts: list[Part]) -> set[str]:
+    """Return the base parameters ("path:name") that these parts replace whole: they are not part of their base."""
+    return {str(site) for part in parts for site in part.sites if getattr(site, "whole", False)}
 
 
 def load(
@@ -93,26 +80,22 @@ def load(
     `trainable`: go on training (otherwise its tensors are frozen and its own dropout is off). `accept_other_base`:
     attach to a base whose weights differ from those it was trained on, for people who mean it.
     """
-    file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
     header, tensors = read_adapter_file(path)
-    try:
-        method = decode_method(header["method"])
-        dtype = getattr(torch, header["dtype"], None)
-        if not isinstance(dtype, torch.dtype) or header["base_mode"] not in ("follow", "eval"):
-            raise SettingError(
-                f"header entries dtype={header['dtype']!r}, base_mode={header['base_mode']!r} are unknown."
-            )
-        adapter = _rebuild(model, method, header, name, dtype)
-    except TrimtabError as error:
-        raise AdapterFileError(f"{file}: does not fit this model: {error}") from error
-    try:
-        _check_base(file, header, adapter, accept_other_base)
-        _fill(file, header, adapter, tensors)
-    except AdapterFileError:
-        adapter.detach()
-        raise
-    adapter.steps = header["steps"]
-    adapter.lineage = tuple(str(entry) for entry in header["lineage"])
+    with naming(Path(path), "does not fit this model: {}"):
+        method, dtype = decode_method(header["method"]), getattr(torch, header["dtype"])
+        chosen, seed, base_mode = name or header["name"], header["seed"], header["base_mode"]
+        check_arguments(model, method, chosen, seed, dtype, base_mode)
+        parts = _parts(model, method.parts(), header["items"])
+        if not accept_other_base:
+            _check_base(header, model, parts)
+        _check_shapes(tensors, parts)
+        adapter = build(Adapter(chosen, model, method, parts, seed, base_mode), dtype)
+        try:
+            _fill(adapter, header, tensors)
+        except BaseException:
+            adapter.detach()
+            raise
+    adapter.lineage = tuple(header["lineage"])
     if not trainable:
         adapter.trainable = False
         for leaf in adapter.leaves():
@@ -123,68 +106,58 @@ def load(
 def refill(adapter: Adapter, path: str | Path) -> None:
     """Give an attached adapter the state of a file of the same method, places and base; raises AdapterFileError."""
     header, tensors = read_adapter_file(path)
-    own = {"method": encode_method(adapter.method), "items": [[str(item) for item in p.items] for p in adapter.parts]}
-    differing = [key for key, value in own.items() if json.loads(json.dumps(value)) != header[key]]
-    if differing:
-        raise AdapterFileError(f"{path}: its {differing[0]} is {header[differing[0]]}, not {own[differing[0]]}.")
-    _check_base(Path(path), header, adapter, accept_other_base=False)
-    _fill(Path(path), header, adapter, tensors)
-    adapter.steps = header["steps"]
+    with naming(Path(path), "does not fit this model: {}"):
+        if (header["method"], header["items"]) != (encode_method(adapter.method), _places(adapter)):
+            raise TrimtabError(f"its method is {header['method']} at {header['items']}, not {adapter.method}.")
+        _check_base(header, adapter.model, adapter.parts)
+        _check_shapes(tensors, adapter.parts)
+        _fill(adapter, header, tensors)
 
 
-def _rebuild(model: nn.Module, method: Method, header: dict[str, Any], name: str | None, dtype: torch.dtype) -> Adapter:
-    structure, methods = Structure(model), method.parts()
-    if len(methods) != len(header["items"]):
-        raise SettingError(f"the method has {len(methods)} parts, the file describes {len(header['items'])}.")
-    chosen = name or header["name"]
-    if chosen in attached_adapters(model):
-        raise SettingError(f"an adapter named {chosen!r} is attached already; pass name=….")
-    parts = []
-    for index, (part, items) in enumerate(zip(methods, header["items"], strict=True)):
-        places = [Item(p, q or None) for p, _, q in (str(item).partition(":") for item in items)]
-        absent = [place.path for place in places if place.path not in structure.modules]
+def _parts(model: nn.Module, methods: tuple[Method, ...], items: list[list[str]]) -> list[Part]:
+    structure, parts = Structure(model), []
+    for index, (method, named) in enumerate(zip(methods, items, strict=True)):
+        absent = [item for item in named if item.partition(":")[0] not in structure.modules or item.endswith(":")]
         if absent:
-            raise TargetError(
-                f"this model has no module {absent[0]!r} ({len(absent)} of {len(places)} places are missing)."
-            )
-        parts.append(resolved_part(structure, part, index, places))
-    return build(model, method, parts, chosen, header["seed"], dtype, header["base_mode"])
+            raise TargetError(f"this model has no {absent[0]!r} ({len(absent)} of {len(named)} places are missing).")
+        if len(set(named)) < len(named):
+            raise TargetError("it names a place twice.")
+        places = [Item(path, parameter or None) for path, _, parameter in (item.partition(":") for item in named)]
+        parts.append(resolved_part(structure, method, index, places))
+    return parts
 
 
-def _check_base(file: Path, header: dict[str, Any], adapter: Adapter, accept_other_base: bool) -> None:
-    try:
-        problem, _ = difference(header["fingerprint"], adapter.model, replaced_by(adapter))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise AdapterFileError(f"{file}: its description of the base is damaged.") from error
-    if problem is not None and not accept_other_base:
-        raise AdapterFileError(
-            f"{file}: was trained on another base model: {problem}. Load the base it was trained on, or pass "
-            f"accept_other_base=True if you mean it."
+def _check_base(header: dict[str, Any], model: nn.Module, parts: list[Part]) -> None:
+    problem = difference(header["fingerprint"], model, replaced_by(parts))
+    if problem is not None:
+        merged = f" (merged into it, in order: {'; '.join(header['lineage'])})" if header["lineage"] else ""
+        raise TrimtabError(
+            f"was trained on another base model: {problem}. Load that{merged}, or pass accept_other_base=True."
         )
 
 
-def _fill(file: Path, header: dict[str, Any], adapter: Adapter, tensors: dict[str, Tensor]) -> None:
+def _check_shapes(tensors: dict[str, Tensor], parts: list[Part]) -> None:
+    """Compare what the file holds with what the model needs, before any of it is made."""
     left = dict(tensors)
-    with torch.no_grad():
-        for name, tensor, spec in adapter.named_tensors():
-            if spec.stored == "seed" and digest(tensor) != header["seeded"].get(name):
-                raise AdapterFileError(f"{file}: {name!r} cannot be rebuilt from its seed on this machine.")
-            if spec.stored not in ("always", "training") or (spec.stored == "training" and name not in left):
-                continue
-            found = left.pop(name, None)
-            if found is None:
-                raise AdapterFileError(f"{file}: the tensor {name!r} is missing.")
-            if tuple(found.shape) != tuple(tensor.shape):
-                raise AdapterFileError(
-                    f"{file}: {name!r} has shape {tuple(found.shape)}, this model needs {tuple(tensor.shape)}."
-                )
-            tensor.copy_(found)
+    for part in parts:
+        specs = [(f"{part.index}/shared/{name}", spec) for name, spec in part.shared_specs.items()]
+        specs += [(f"{part.index}/{s}/{name}", spec) for s in part.specs for name, spec in part.specs[s].items()]
+        for name, spec in specs:
+            if spec.stored == "always" and name not in left:
+                raise TrimtabError(f"the tensor {name!r} is missing.")
+            if spec.stored in ("always", "training") and name in left and (found := left.pop(name).shape) != spec.shape:
+                raise TrimtabError(f"{name!r} has shape {tuple(found)}, this model needs {spec.shape}.")
     if left:
-        raise AdapterFileError(f"{file}: holds the unknown tensor {next(iter(left))!r} ({len(left)} in all).")
+        raise TrimtabError(f"it holds the unknown tensor {next(iter(left))!r} ({len(left)} in all).")
 
 
-def _card(adapter: Adapter, file: Path) -> str:
-    return (
-        f"# Adapter `{adapter.name}`\n\nMethod: `{adapter.method!r}`\n\n```text\n{adapter.report()}\n```\n\n"
-        f"Load it with `trimtab.load(model, {str(file.parent.name)!r})`.\n"
-    )
+def _fill(adapter: Adapter, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    if _seeded(adapter) != header["seeded"]:
+        raise TrimtabError("what its seed stands for cannot be rebuilt on this machine.")
+    own = [(tensor, tensors[name]) for name, tensor, _ in adapter.named_tensors() if name in tensors]
+    if not all(torch.equal(stored.to(tensor.dtype).to(stored.dtype), stored) for tensor, stored in own):
+        raise TrimtabError("its numbers do not fit into the tensors of its dtype.")
+    with torch.no_grad():
+        for tensor, stored in own:
+            tensor.copy_(placed_like(stored, tensor))
+    adapter.steps = header["steps"]

@@ -9,19 +9,17 @@ module's name whole, whatever role or longer name it also fits.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from trimtab.errors import TargetError, suggestion
+from trimtab.errors import TargetError, brief, suggestion
 from trimtab.method import Targets
-from trimtab.structure import Attention, Convolution, FeedForward, Structure, is_linear, is_norm
+from trimtab.structure import Attention, Convolution, Structure, is_linear, is_norm
 
-__all__ = ["ROLES", "Item", "Structure", "resolve"]
-
-_CLAUSE = re.compile(r"^(?P<name>.+?)(\[(?P<first>\d*):(?P<last>\d*)\])?$")
+_CLAUSE = re.compile(r"^(?P<name>.+?)(\[(?P<first>\d{0,9}):(?P<last>\d{0,9})\])?$")
 
 
 @dataclass(frozen=True)
@@ -35,78 +33,55 @@ class Item:
         return self.path if self.parameter is None else f"{self.path}:{self.parameter}"
 
 
-def _paths(*names: str | None) -> list[Item]:
+def _paths(names: Iterable[str | None]) -> list[Item]:
     return [Item(name) for name in names if name]
 
 
 def _projections(part: Attention) -> list[Item]:
     if part.query is None and part.fused is None:  # nn.MultiheadAttention keeps raw parameters
         return [Item(part.path, "in_proj_weight"), Item(part.path + ".out_proj", "weight")]
-    return _paths(part.fused, part.query, part.key, part.value, part.output)
+    return _paths((part.fused, part.query, part.key, part.value, part.output))
 
 
-def _attention_output(part: Attention) -> Item:
-    return Item(part.output or part.path)
-
-
-def _feed_forward(s: Structure, part: FeedForward) -> list[Item]:
-    return _paths(*s.feed_forward_linears(part.block))
-
-
-def _of_type(*types: type[nn.Module]) -> Callable[[Structure], list[Item]]:
-    return lambda s: [Item(path) for path, module in s.modules.items() if isinstance(module, types)]
+def _raw_projections(s: Structure) -> dict[str, Item]:
+    """Projections that no module of their own computes, by the path of the module that holds them."""
+    return {i.path: i for a in s.attentions for i in _projections(a) if i.parameter is not None}
 
 
 def _parameters(s: Structure, wanted: Callable[[str, nn.Parameter], bool]) -> list[Item]:
-    found, seen = [], set()
-    for path, module in s.modules.items():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in seen and wanted(name, parameter):
-                seen.add(id(parameter))
-                found.append(Item(path, name))
-    return found
-
-
-def named_roles(targets: Targets) -> set[str]:
-    """Return the roles that a target expression names."""
-    if callable(targets):
-        return set()
-    expressions = (targets,) if isinstance(targets, str) else targets
-    names = (clause.split("[")[0] for expression in expressions for _, clause in _split(expression))
-    return {name for name in names if name in ROLES}
+    return [Item(path, name) for path, name, parameter in s.parameters() if wanted(name, parameter)]
 
 
 def _operations(s: Structure) -> list[Item]:
-    raw = {i.path: i for a in s.attentions for i in _projections(a) if i.parameter is not None}
+    raw = _raw_projections(s)
     calls = {p for p, m in s.modules.items() if is_linear(m) or isinstance(m, Convolution) or is_norm(m)} - {s.head}
     return [raw.get(path, Item(path)) for path in s.modules if path in calls or path in raw]
 
 
 def _all_linear(s: Structure) -> list[Item]:
-    raw = [i for a in s.attentions if a.query is None and a.fused is None for i in _projections(a)]
-    covered = {i.path for i in raw}
-    return [Item(path) for path in s.linears if path != s.head and path not in covered] + raw
+    raw = _raw_projections(s)
+    return [Item(path) for path in s.linears if path != s.head and path not in raw] + list(raw.values())
 
 
 ROLES: dict[str, Callable[[Structure], list[Item]]] = {
     "all-linear": _all_linear,
     "attention": lambda s: [i for a in s.attentions for i in _projections(a)],
-    "attention-core": lambda s: _paths(*(a.path for a in s.attentions)),
-    "query": lambda s: _paths(*(a.query or a.fused for a in s.attentions)),
-    "key": lambda s: _paths(*(a.key or a.fused for a in s.attentions)),
-    "value": lambda s: _paths(*(a.value or a.fused for a in s.attentions)),
-    "attention-output": lambda s: [_attention_output(a) for a in s.attentions],
-    "mlp": lambda s: [i for f in s.feed_forwards for i in _feed_forward(s, f)],
-    "mlp-input": lambda s: _paths(*(p for f in s.feed_forwards for p in f.inputs)),
-    "mlp-output": lambda s: _paths(*(p for f in s.feed_forwards for p in f.outputs)),
-    "feed-forward": lambda s: _paths(*(f.sink for f in s.feed_forwards)),
+    "attention-core": lambda s: _paths(a.path for a in s.attentions),
+    "query": lambda s: _paths(a.query or a.fused for a in s.attentions),
+    "key": lambda s: _paths(a.key or a.fused for a in s.attentions),
+    "value": lambda s: _paths(a.value or a.fused for a in s.attentions),
+    "attention-output": lambda s: [Item(a.output or a.path) for a in s.attentions],
+    "mlp": lambda s: _paths(p for f in s.feed_forwards for p in s.feed_forward_linears(f.block)),
+    "mlp-input": lambda s: _paths(p for f in s.feed_forwards for p in f.inputs),
+    "mlp-output": lambda s: _paths(p for f in s.feed_forwards for p in f.outputs),
+    "feed-forward": lambda s: _paths(f.sink for f in s.feed_forwards),
     "operation": _operations,
     "experts": lambda s: [Item(path, name) for path, name in s.expert_parameters],
     "norm": lambda s: [Item(path) for path, module in s.modules.items() if is_norm(module)],
-    "embedding": _of_type(nn.Embedding),
-    "convolution": _of_type(*Convolution),
-    "block": lambda s: _paths(*s.blocks),
-    "head": lambda s: _paths(s.head),
+    "embedding": lambda s: [Item(path) for path, module in s.modules.items() if isinstance(module, nn.Embedding)],
+    "convolution": lambda s: [Item(path) for path, module in s.modules.items() if isinstance(module, Convolution)],
+    "block": lambda s: _paths(s.blocks),
+    "head": lambda s: _paths([s.head]),
     "bias": lambda s: _parameters(s, lambda name, p: name.endswith("bias") and p.dim() == 1),
     "all": lambda s: _parameters(s, lambda name, p: True),
 }
@@ -118,7 +93,10 @@ def resolve(structure: Structure, targets: Targets) -> list[Item]:
     `targets` is a string (see the module's grammar), a tuple of strings (union), or a function (name, module) -> bool.
     """
     if callable(targets):
-        found = [Item(path) for path, module in structure.modules.items() if path and targets(path, module)]
+        try:
+            found = [Item(path) for path, module in structure.modules.items() if path and targets(path, module)]
+        except Exception as error:
+            raise TargetError(f"the target function {brief(targets)} failed: {error}.") from error
         if not found:
             raise TargetError("the target function accepted no module; `trimtab plan --sites` lists what there is.")
         return found
@@ -131,10 +109,10 @@ def resolve(structure: Structure, targets: Targets) -> list[Item]:
 
 def _evaluate(structure: Structure, expression: str) -> list[Item]:
     items: list[Item] = []
-    for sign, clause in _split(expression):
+    for sign, clause in split_clauses(expression):
         matched = _match(structure, clause)
         if sign == "|":
-            items += [item for item in matched if item not in items]
+            items += matched
             continue
         kept = [item for item in items if not any(_covers(other, item) for other in matched)]
         if len(kept) == len(items):
@@ -150,18 +128,17 @@ def _covers(outer: Item, inner: Item) -> bool:
     return outer == inner or (outer.parameter is None and f"{inner.path}.".startswith(f"{outer.path}."))
 
 
-def _split(expression: str) -> list[tuple[str, str]]:
+def split_clauses(expression: str) -> list[tuple[str, str]]:
+    """Return the clauses of an expression, each with the operator in front of it; raises TargetError."""
     if expression.startswith(("re:", "=")):
         return [("|", expression)]
-    pieces = re.split(r"\s+(-)\s+|\s*(\|)\s*", expression.strip())
-    tokens = [piece for piece in pieces if piece]
-    if not tokens or tokens[0] in "|-":
+    first, *rest = re.split(r"\s*(\||(?<=\s)-(?=\s))\s*", expression.strip())
+    clauses = [("|", first), *zip(rest[::2], rest[1::2], strict=True)]
+    if not first or first == "-":
         raise TargetError(f"target {expression!r} does not start with a clause.")
-    clauses = [("|", tokens[0])]
-    rest = tokens[1:]
-    if len(rest) % 2:
+    if not all(clause for _, clause in clauses):
         raise TargetError(f"target {expression!r} ends with an operator.")
-    return clauses + list(zip(rest[::2], rest[1::2], strict=True))
+    return clauses
 
 
 def _match(structure: Structure, clause: str) -> list[Item]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from trimtab.errors import MissingExtraError, require
+from trimtab.extras import MissingExtraError, require
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,8 @@ def demo(
     for key in only or []:
         if key not in keys:
             raise SettingError(f"there is no contestant {key!r}.{suggestion(key, keys)}")
+    if not (math.isfinite(epochs) and epochs > 0):
+        raise SettingError(f"epochs={epochs:g}; it must be a number above 0.")
     chosen = contestants_named(only or [])
     note(f"Training {len(chosen)} contestants for {epochs:g} epochs each, one after another; each has its own process.")
     begin = time.monotonic()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from torch import Tensor
 
-from trimtab.adapter_file import FILE_NAME, decode_method, read_adapter_file
+from trimtab.adapter_file import FILE_NAME, decode_method, naming, read_adapter_file
 from trimtab.cli.console import Grid, count_text, show, show_json
 from trimtab.cli.options import AsJson
 from trimtab.report import bytes_text
@@ -22,7 +23,8 @@ def inspect(
     """Check an adapter file and show its method, sites, tensors and the base it was trained on."""
     header, tensors = read_adapter_file(file)
     path = file / FILE_NAME if file.is_dir() else file
-    facts = _facts(header, tensors, path)
+    with naming(path, "cannot be read: {}"):
+        facts = _facts(header, tensors, path)
     if json:
         show_json(facts | {"items": header["items"], "tensors": [_entry(*pair) for pair in tensors.items()]})
         return
@@ -48,7 +50,7 @@ def _facts(header: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> di
         "base_mode": header["base_mode"],
         "base_parameters": len(base.get("shapes", {})),
         "base_precision": sorted(set(base.get("precision", {}).values())),
-        "base_digest": base.get("digest"),
+        "base_digest": hashlib.sha256(repr(sorted(base.get("shapes", {}).items())).encode()).hexdigest(),
         "lineage": header["lineage"],
         "rebuilt_from_the_seed": len(header["seeded"]),
         "versions": header["versions"],

@@ -11,11 +11,15 @@ import typer
 
 from trimtab.cli.console import Grid, show, show_json
 from trimtab.cli.options import AcceptOtherBase, AsJson
-from trimtab.errors import DataError, SettingError
+from trimtab.errors import SettingError
+from trimtab.training.classification import Classification
 from trimtab.training.data import read_table
+from trimtab.training.errors import DataError
 from trimtab.training.prediction import predict as predict_rows
 from trimtab.training.run import input_column, load_run
 from trimtab.training.table import Table
+
+NEW_TOKENS = 64
 
 
 def predict(
@@ -26,7 +30,7 @@ def predict(
     model: Annotated[str | None, typer.Option(help="The base model, where it is not at its place any more.")] = None,
     accept_other_base: AcceptOtherBase = False,
     batch_size: Annotated[int, typer.Option(help="Texts computed at once.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a generated text.")] = 64,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Most tokens of a generated text. Default: 64.")] = None,
     json: AsJson = False,
 ) -> None:
     """Classify or continue texts with a trained adapter."""
@@ -34,12 +38,17 @@ def predict(
         raise SettingError(
             "give texts, or --file with the data that holds them; found " + ("both." if texts else "neither.")
         )
+    if column is not None and file is None:
+        raise SettingError(f"--column {column!r} names a column of --file, and there is none; leave it out.")
     record, loaded, _ = load_run(run, model, accept_other_base)
-    chosen = column or input_column(record.task)
+    if max_new_tokens is not None and isinstance(record.task, Classification):
+        raise SettingError(f"--max-new-tokens {max_new_tokens}: this run classifies and writes no text; leave it out.")
+    chosen = input_column(record.task) if column is None else column
     rows = read_table(file) if file is not None else _typed(texts or [], chosen)
     found = predict_rows(
-        loaded, record.task, rows, chosen, record.max_length, batch_size=batch_size, max_new_tokens=max_new_tokens
-    )
+        loaded, record.task, rows, chosen, record.max_length, batch_size=batch_size,
+        max_new_tokens=NEW_TOKENS if max_new_tokens is None else max_new_tokens,
+    )  # fmt: skip
     if json:
         show_json({"run": str(run), "predictions": [dataclasses.asdict(entry) for entry in found]})
     elif any(entry.probability is not None for entry in found):

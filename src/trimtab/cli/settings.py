@@ -48,6 +48,11 @@ def parse_assignments(option: str, texts: Sequence[str]) -> dict[str, str]:
     return values
 
 
+def parse_value(option: str, text: str, hint: Any) -> Any:
+    """Return the value of a flag as the type `hint`, 'none' as None where the type has it; raises SettingError."""
+    return _from_text(text, hint, f"{option} {text}")
+
+
 def read_config(path: Path) -> dict[str, dict[str, Any]]:
     """Return the sections `method` and `train` of a TOML (or .json) file; raises SettingError naming file and cause."""
     try:

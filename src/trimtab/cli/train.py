@@ -10,17 +10,26 @@ from typing import Annotated, Any
 
 import typer
 
-from trimtab.cli.console import Grid, note, program, show, show_json, time_text
+from trimtab.cli.console import Grid, is_main_process, note, program, show, show_json, time_text
 from trimtab.cli.options import AsJson
 from trimtab.cli.plan import MODEL_HELP
 from trimtab.cli.progress import shown_progress
-from trimtab.cli.settings import method_from, parse_assignments, read_config
-from trimtab.errors import Interrupted, SettingError
+from trimtab.cli.settings import method_from, parse_assignments, parse_value, read_config
+from trimtab.errors import SettingError
 from trimtab.report import bytes_text
 from trimtab.training.checkpoints import newest_checkpoint
+from trimtab.training.errors import Interrupted
+from trimtab.training.processes import leave_together
 from trimtab.training.run import Run, RunReport, execute, prepare, report_from_dict
 from trimtab.training.run_folder import check_free, read_record, state_of
-from trimtab.training.run_settings import PRECISIONS, RunSettings, make_run_settings, method_text, run_options
+from trimtab.training.run_settings import (
+    PRECISIONS,
+    RunSettings,
+    make_run_settings,
+    method_text,
+    option_types,
+    run_options,
+)
 from trimtab.training.tasks import TASKS
 
 Text = str | None
@@ -55,7 +64,7 @@ def train(
     weight_decay: Annotated[Number, typer.Option(help="Decay of AdamW. Default: 0.")] = None,
     warmup: Annotated[Number, typer.Option(help="Share of the steps in which the rate rises. Default: 0.06.")] = None,
     schedule: Annotated[Text, typer.Option(help="linear, cosine or constant. Default: linear.")] = None,
-    clip: Annotated[Number, typer.Option(help="Largest norm of the gradient. Default: 1.")] = None,
+    clip: Annotated[Text, typer.Option(help="Largest norm of the gradient, or 'none'. Default: 1.")] = None,
     seed: Annotated[Whole, typer.Option(help="Decides head, adapter, split and order. Default: 0.")] = None,
     evaluate_every: Annotated[Whole, typer.Option(help="Steps between evaluations. Default: an epoch.")] = None,
     checkpoint_every: Annotated[Whole, typer.Option(help="Steps between checkpoints. Default: an epoch.")] = None,
@@ -84,7 +93,7 @@ def _train(flags: Mapping[str, Any]) -> None:
     else:
         wanted = _settings(flags)
         folder = flags["output"] or _default_folder(wanted)
-        if not overwrite:
+        if not overwrite and is_main_process():  # which may have begun to write before another one looks
             check_free(folder)
     run = prepare(wanted)
     _announce(run, folder, resume)
@@ -93,6 +102,7 @@ def _train(flags: Mapping[str, Any]) -> None:
             report = execute(run, folder, resume=resume, overwrite=overwrite, on_progress=on_progress)
     except (Interrupted, KeyboardInterrupt) as error:
         raise _interruption(folder) from error
+    leave_together()
     _show_report(report, folder, flags["json"])
 
 
@@ -101,6 +111,8 @@ def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in flags.items() if name not in _OWN and value not in (None, [])}
     if "columns" in given:
         given["columns"] = parse_assignments("--column", given["columns"])
+    if "clip" in given:
+        given["clip"] = parse_value("--clip", given["clip"], option_types()["clip"])
     if "header" in given:
         given["header"] = tuple(name.strip() for name in given["header"].split(","))
     return given
@@ -117,7 +129,8 @@ def _settings(flags: Mapping[str, Any]) -> RunSettings:
 
 
 def _from_file(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the section [train] with lists as tuples and shares as texts: a file may write validation = 0.2."""
+    """Return the section [train] with lists as tuples, shares as texts and 'none' as None, which TOML cannot write."""
+    values = {name: None if name == "clip" and value == "none" else value for name, value in values.items()}
     shares = {name: str(values[name]) for name in ("validation", "test") if isinstance(values.get(name), float | int)}
     header = {"header": tuple(values["header"])} if isinstance(values.get("header"), list) else {}
     return {**values, **shares, **header}

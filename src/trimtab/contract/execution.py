@@ -126,10 +126,10 @@ def _checkpoints(method: Method, case: Case, reentrant: bool) -> None:
         _expect_checkpointing_refused(case, adapter)
         return
     output = case.forward(adapter.model)
-    expect_near("output with checkpointing", output.detach(), plain.detach())
+    expect_near("output with checkpointing", output.detach(), plain.detach(), case.rounding)
     objective(output).backward()  # type: ignore[no-untyped-call]
     found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in adapter.named_parameters()}
-    expect_near_gradients("with checkpointing", found, expected, 1e-4)
+    expect_near_gradients("with checkpointing", found, expected, case.derived)
 
 
 def _expect_checkpointing_refused(case: Case, adapter: Adapter) -> None:
@@ -169,8 +169,8 @@ def compiles_whole(method: Method, case: Case) -> None:
         if not _compiles_alone(case):
             raise NotApplicable(f"the model itself does not compile as one graph: {text}") from error
         raise ContractViolation(f"does not compile as one graph: {type(error).__name__}: {text}") from error
-    expect_near("compiled output", output.detach(), plain.detach())
-    expect_near_gradients("compiled", found, expected, 1e-4)
+    expect_near("compiled output", output.detach(), plain.detach(), case.rounding)
+    expect_near_gradients("compiled", found, expected, case.derived)
 
 
 def _compiled(case: Case, model: nn.Module) -> Tensor:
@@ -200,7 +200,7 @@ def looks_back_only(method: Method, case: Case) -> None:
         raise ContractViolation("another last token leaves the last output as it was")
     leak = difference(after[:, :-1], before[:, :-1])
     declared = capabilities_of(method).causal_safe
-    if (leak <= ROUNDING) != declared:
+    if (leak <= case.rounding) != declared:
         raise ContractViolation(f"causal_safe={declared}, but another last token changes earlier outputs by {leak:.2g}")
 
 

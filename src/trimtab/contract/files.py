@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapter import Adapter
-from trimtab.adapter_file import file_bytes, read_adapter_file, tensor_bytes
+from trimtab.adapter_file import read_adapter_file, write_adapter_file
 from trimtab.attach import adapters
 from trimtab.contract.case import Case, ContractViolation, NotApplicable, expect_same, trained
 from trimtab.errors import AdapterFileError
 from trimtab.hooks import base_state_dict, is_hooked
 from trimtab.method import Method
+from trimtab.quantized import is_packed
 from trimtab.storage import load, replaced_by
 
 HEADER_BYTES = 4096
@@ -80,20 +79,23 @@ def refuses_damaged_files(method: Method, case: Case) -> None:
             ("an unknown tensor", {**tensors, "0/elsewhere/A": torch.zeros(1)}, "unknown tensor"),
         ]
         for what, changed, text in changes:
-            damaged = _write(file.with_name("damaged.safetensors"), header, changed)
+            damaged = file.with_name("damaged.safetensors")
+            write_adapter_file(damaged, header, changed, card="")
             _expect_refusal(what, case.build(), damaged, text)
 
 
 def refuses_another_base(method: Method, case: Case) -> None:
     """A base with other weights, and one with a further parameter, are refused."""
     adapter = trained(case, method, steps=1)
-    replaced = replaced_by(adapter)
+    replaced = replaced_by(adapter.parts)
     other, larger = case.build(), case.build()
     own = [
         parameter
         for path, module in other.named_modules()
         for name, parameter in module._parameters.items()
-        if parameter is not None and (f"{path}:{name}" if path else name) not in replaced
+        if parameter is not None
+        and (f"{path}:{name}" if path else name) not in replaced
+        and not is_packed(module, name)
     ]
     if not own:
         raise NotApplicable("the adapter replaces every parameter of the base")
@@ -122,11 +124,3 @@ def _expect_refusal(what: str, model: nn.Module, file: Path, text: str) -> None:
         raise ContractViolation(f"after refusing {what} something is still attached")
     if learning != [parameter.requires_grad for parameter in model.parameters()]:
         raise ContractViolation(f"after refusing {what} other parameters require gradients than before")
-
-
-def _write(file: Path, header: dict[str, object], tensors: dict[str, Tensor]) -> Path:
-    """Write a file whose checksum is right and whose tensors are not."""
-    body = tensor_bytes(file_bytes(tensors))
-    described = {**header, "sha256": hashlib.sha256(body).hexdigest()}
-    file.write_bytes(file_bytes(tensors, {"trimtab": json.dumps(described)}))
-    return file

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, get_type_hints
 
-from trimtab.attach import plan
 from trimtab.contract.case import Case
 from trimtab.errors import SettingError, TrimtabError
 from trimtab.method import Method, check_settings, find_method
+from trimtab.planning import plan
 
 LIMITS = (4, 8, 2, 16, 1)
 

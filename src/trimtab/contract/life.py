@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,10 @@ from trimtab.contract.case import (
     require_base_kept,
     trained,
 )
-from trimtab.contract.weights import effective_parameters, substitute
+from trimtab.contract.declarations import would_hold
+from trimtab.contract.sums import changes_add_up, expect_sum, follows_the_weight
 from trimtab.errors import TrimtabError
 from trimtab.hooks import base_state_dict
-from trimtab.kinds.weight import WeightMethod
 from trimtab.method import Method
 from trimtab.routing import route
 from trimtab.storage import load
@@ -53,6 +55,8 @@ def disabled_is_the_base(method: Method, case: Case) -> None:
 
 def detaching_restores(method: Method, case: Case) -> None:
     """After training and detaching, the model is the one it was: keys, bits, classes, attributes, gradients wanted."""
+    if not capabilities_of(method).keeps_base and would_hold(detaching_restores, method, case, keeps_base=True):
+        raise ContractViolation("keeps_base=False, but detaching gives the base back, bit for bit")
     require_base_kept(method)
     untouched = case.build()
     adapter = trained(case, method)
@@ -100,7 +104,7 @@ def leaves_nothing_behind(method: Method, case: Case) -> None:
 
 def _cycle(method: Method, case: Case, model: nn.Module, times: int) -> None:
     for _ in range(times):
-        adapter = attach(model, case.method(method), base_mode="eval")
+        adapter = attach(model, case.method(method), base_mode="eval", calibration=case.calibration(method))
         objective(case.forward(model)).backward()  # type: ignore[no-untyped-call]
         adapter.detach()
 
@@ -122,6 +126,10 @@ def pickles_are_independent(method: Method, case: Case) -> None:
     local = [type(part).__qualname__ for part in method.parts() if "<locals>" in type(part).__qualname__]
     if local:
         raise NotApplicable(f"Python cannot pickle the local class {local[0]}")
+    try:
+        pickle.dumps(case.build())
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        raise NotApplicable(f"the model itself cannot be pickled: {error}") from error
     adapter = trained(case, method)
     restored = pickle.loads(pickle.dumps(adapter.model))  # noqa: S301 - bytes of our own making
     _expect_twin(method, case, adapter, restored)
@@ -157,6 +165,8 @@ def _two(method: Method, case: Case) -> tuple[nn.Module, tuple[Adapter, Adapter]
             if "not additive" not in str(error):
                 raise ContractViolation(f"the refusal of a second adapter does not give the reason: {error}") from error
             expect_same("output after refusing a second adapter", case.output(model), alone[0])
+            if would_hold(changes_add_up, method, case, additive=True) and not follows_the_weight(method, case):
+                raise ContractViolation("additive=False, but the changes of two adapters add up") from error
             return None
     raise ContractViolation("additive=False, but a second adapter was attached at the same sites")
 
@@ -169,32 +179,18 @@ def two_adapters_keep_apart(method: Method, case: Case) -> None:
     model, (first, second), alone = both
     together = case.output(model)
     second.active = False
-    expect_near("the first of two, the second inactive", case.output(model), alone[0])
+    expect_near("the first of two, the second inactive", case.output(model), alone[0], case.rounding)
     first.active, second.active = False, True
-    expect_near("the second of two, the first inactive", case.output(model), alone[1])
+    expect_near("the second of two, the first inactive", case.output(model), alone[1], case.rounding)
     first.active = True
     expect_same("both again", case.output(model), together)
-    if all(isinstance(part, WeightMethod) for part in method.parts()) and not capabilities_of(method).input_dependent:
-        expect_near("two adapters together against the sum of their changes", together, _summed(case, first, second))
+    with contextlib.suppress(NotApplicable):
+        expect_sum(method, case, (first, second), together)
     for name, output in zip(("first", "second"), alone, strict=True):
         if difference(together, output) <= ROUNDING:
             raise ContractViolation(f"two adapters together give the output of the {name} alone")
     second.detach()
-    expect_near("the first after detaching the second", case.output(model), alone[0])
-
-
-def _summed(case: Case, first: Adapter, second: Adapter) -> Tensor:
-    """The output of the plain model with W plus both changes."""
-    plain = case.build()
-    with torch.no_grad():
-        values = [effective_parameters(adapter) for adapter in (first, second)]
-        joined = {}
-        for path, name in values[0]:
-            stored = plain.get_submodule(path)._parameters[name]
-            base = torch.zeros_like(values[0][path, name]) if stored is None else stored
-            joined[path, name] = values[0][path, name] + values[1][path, name] - base
-        substitute(plain, joined)
-    return case.output(plain)
+    expect_near("the first after detaching the second", case.output(model), alone[0], case.rounding)
 
 
 def rows_route_to_their_adapters(method: Method, case: Case) -> None:
@@ -212,9 +208,28 @@ def rows_route_to_their_adapters(method: Method, case: Case) -> None:
     routed = (*rows, *[None] * (len(base) - 3))
     if not capabilities.routable:
         _expect_route_refused(case, model, routed)
+        if would_hold(rows_route_to_their_adapters, method, case, routable=True):
+            raise ContractViolation("routable=False, but each row of a routed batch gives the output of its adapter")
         return
     with route(model, routed):
-        expect_near(f"rows routed to {rows}", case.output(model)[:3], expected)
+        expect_near(f"rows routed to {rows}", case.output(model)[:3], expected, case.rounding)
+    if case.generate is not None and capabilities.cached_generation:
+        _generates_by_rows(case.generate, model, rows, routed)
+
+
+def _generates_by_rows(
+    generate: Callable[[nn.Module, bool], Tensor],
+    model: nn.Module,
+    rows: tuple[str | None, ...],
+    routed: tuple[str | None, ...],
+) -> None:
+    """Decoding a routed batch from a cache gives each row the tokens of its own adapter."""
+    with route(model, routed):
+        tokens = generate(model, True)
+    for row, name in enumerate(rows):
+        for adapter in adapters(model).values():
+            adapter.active = adapter.name == name
+        expect_same(f"tokens generated for a row routed to {name}", tokens[row], generate(model, True)[row])
 
 
 def _expect_route_refused(case: Case, model: nn.Module, rows: tuple[str | None, ...]) -> None:

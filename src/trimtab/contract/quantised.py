@@ -21,6 +21,7 @@ from trimtab.contract.case import (
     optimizer_of,
     train,
 )
+from trimtab.contract.declarations import would_hold
 from trimtab.contract.training import every_tensor_moves, starts_as_declared
 from trimtab.errors import AttachError, TrimtabError
 from trimtab.method import Method
@@ -61,6 +62,7 @@ def quantised(build: Callable[[], nn.Module]) -> nn.Module:
         for name, child in parent._modules.items():
             if (
                 type(child) is nn.Linear
+                and not is_packed(child)
                 and holders[id(child.weight)] == 1
                 and not isinstance(parent, nn.MultiheadAttention)
             ):
@@ -99,6 +101,12 @@ def runs_on_quantised_base(method: Method, case: Case) -> None:
             raise ContractViolation(f"the refusal to merge into a quantised base does not say so: {error}") from error
 
 
+def _at_own_targets(method: Method) -> bool:
+    """Whether the targets are the method's own: others say nothing about it."""
+    fields = {field.name: field for field in dataclasses.fields(method)}
+    return "targets" not in fields or vars(method)["targets"] == fields["targets"].default
+
+
 def _expect_refused(method: Method, case: Case, packed: Case) -> None:
     """A method that trains the base's own numbers stops where they are packed, and runs where its targets are not."""
     adapter = attached(case, method)
@@ -106,6 +114,8 @@ def _expect_refused(method: Method, case: Case, packed: Case) -> None:
     reached = [site for part in adapter.parts for site in part.sites]
     on_packed = [site for site in reached if is_packed(quantised_model.get_submodule(site.path), site.parameter)]
     if not on_packed:
+        if _at_own_targets(method) and would_hold(runs_on_quantised_base, method, case, quantized_base=True):
+            raise ContractViolation("quantized_base=False, but the method runs on a quantised base")
         raise NotApplicable("no target is quantised")
     try:
         attached(packed, method)

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from trimtab.attach import attach, plan
+from trimtab.adapter import Part
+from trimtab.attach import attach
 from trimtab.contract.case import (
     ROUNDING,
     Case,
@@ -18,6 +19,7 @@ from trimtab.contract.case import (
     capabilities_of,
     difference,
     expect_same,
+    in_double,
     objective,
     optimizer_of,
     require_base_kept,
@@ -27,8 +29,14 @@ from trimtab.contract.case import (
 from trimtab.errors import TrainingError
 from trimtab.hooks import base_state_dict
 from trimtab.method import Method
+from trimtab.planning import plan
+from trimtab.quantized import is_packed
 from trimtab.storage import load
 
+EXACT = 1e-9
+"""In double precision, an exact start is off by at most this share of the largest output."""
+ELSEWHERE = 0.01
+"""What starts elsewhere is off by more than this share of the largest output."""
 APPROXIMATE = 0.5
 """An approximate start or merge is off by at most this share of the largest output."""
 
@@ -36,13 +44,16 @@ APPROXIMATE = 0.5
 def starts_as_declared(method: Method, case: Case) -> None:
     """The first output is the base's (exact), near it (approximate), or another one (no)."""
     declared = capabilities_of(method).starts_at_base
-    base = case.output(case.build())
-    apart = difference(case.output(attached(case, method).model), base)
-    right = {"exact": apart <= ROUNDING, "approximate": 0.0 < apart <= APPROXIMATE, "no": apart > ROUNDING}
+    precise, dtype = in_double(case)
+    exact, finest = (EXACT, EXACT) if dtype is torch.float64 else (ROUNDING, 0.0)
+    base, model = precise.output(precise.build()), precise.build()
+    attach(model, precise.method(method), dtype=dtype, base_mode="eval", calibration=precise.calibration(method))
+    apart = difference(precise.output(model), base)
+    right = {"exact": apart <= exact, "approximate": finest < apart <= APPROXIMATE, "no": apart > ELSEWHERE}
     if not right[declared]:
         raise ContractViolation(
             f"starts_at_base={declared!r}, but the first output is {apart:.2g} of the largest base output away from it "
-            f"(exact: at most {ROUNDING:.0e}, approximate: above 0, at most {APPROXIMATE}, no: above {ROUNDING:.0e})"
+            f"(exact: at most {exact:.0e}, approximate: more, and at most {APPROXIMATE}, no: above {ELSEWHERE})"
         )
 
 
@@ -55,7 +66,7 @@ def start_depends_on_seed_alone(method: Method, case: Case) -> None:
         torch.manual_seed(2)
         model = case.build()
         between = torch.get_rng_state()
-        second = attach(model, case.method(method), seed=7, base_mode="eval")
+        second = attach(model, case.method(method), seed=7, base_mode="eval", calibration=case.calibration(method))
         if not torch.equal(between, torch.get_rng_state()) or torch.equal(before, between):
             raise ContractViolation("attaching draws from torch's global generator instead of the adapter's own")
     for (name, one, _), (_, two, _) in zip(first.named_tensors(), second.named_tensors(), strict=True):
@@ -117,11 +128,11 @@ def counts_match_plan(method: Method, case: Case) -> None:
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    """Move a model to the meta device; tied parameters stay tied, which `Module.to` does not keep."""
+    """Move a model to the meta device, its quantised weights excepted, which cannot; tied parameters stay tied."""
     moved: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None:
+            if parameter is not None and not is_packed(module, name):
                 empty = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
                 module._parameters[name] = moved.setdefault(id(parameter), empty)
         for name, buffer in module._buffers.items():
@@ -131,14 +142,16 @@ def _on_meta(model: nn.Module) -> nn.Module:
 
 def schedule_needs_binding(method: Method, case: Case) -> None:
     """A method with a schedule stops when it is trained unbound; one that declares none has none to miss."""
+    acting = [type(part.method).__name__ for part in attached(case, method).parts if _acts_at_steps(part)]
     if not capabilities_of(method).requires_binding:
-        for part in method.parts():
-            if type(part).before_step is not Method.before_step or type(part).after_step is not Method.after_step:
-                raise ContractViolation(
-                    f"{type(part).__name__} acts at optimizer steps, but requires_binding=False: trained unbound, "
-                    f"its schedule would be missing in silence"
-                )
+        if acting:
+            raise ContractViolation(
+                f"{acting[0]} acts at optimizer steps, but requires_binding=False: trained unbound, its schedule would "
+                f"be missing in silence"
+            )
         raise NotApplicable("no schedule")
+    if not acting:
+        raise ContractViolation("requires_binding=True, but the method does nothing at optimizer steps")
     adapter = attached(case, method)
     optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
     adapter.model.train()
@@ -151,6 +164,13 @@ def schedule_needs_binding(method: Method, case: Case) -> None:
             raise ContractViolation(f"the refusal of unbound training does not say what to do: {error}") from error
         return
     raise ContractViolation("requires_binding=True, but two unbound steps went through")
+
+
+def _acts_at_steps(part: Part) -> bool:
+    """Whether a method has a schedule, or a penalty under these settings."""
+    given = type(part.method)
+    scheduled = given.before_step is not Method.before_step or given.after_step is not Method.after_step
+    return scheduled or part.method.penalty(part) is not None
 
 
 def resumes_bit_for_bit(method: Method, case: Case) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +21,7 @@ from trimtab.contract.case import (
     expect_near_gradients,
     expect_same,
     gradients,
+    in_double,
     objective,
     optimizer_of,
     require_base_kept,
@@ -31,35 +29,17 @@ from trimtab.contract.case import (
     train,
     trained,
 )
+from trimtab.contract.declarations import creates_bias, would_hold
 from trimtab.contract.training import APPROXIMATE
 from trimtab.errors import AttachError
 from trimtab.hooks import base_state_dict
-from trimtab.kinds.weight import WeightLeaf
+from trimtab.kinds.weight import WeightLeaf, WeightMethod
 from trimtab.merge import Edit
 from trimtab.method import Method
+from trimtab.quantized import dense_weight, is_packed
 
-MERGED = 1e-4
-"""An exact merge is off by at most this share of the largest output: the weights are rounded once to float32."""
 LINEAR = 0.01
 """The weights of a mean are the mean of the weights if they are this near, as a share of the weights' distance."""
-
-
-def doubled(build: Callable[[], nn.Module]) -> nn.Module:
-    """Build a model in double precision."""
-    return build().double()
-
-
-def in_double(case: Case) -> tuple[Case, torch.dtype]:
-    """Return the case in double precision, where two ways to compute the same differ visibly less than two formulas.
-
-    A model that cannot compute in it (grouped matrix products of experts) stays as it is.
-    """
-    double = dataclasses.replace(case.converted(torch.float64), build=partial(doubled, case.build))
-    try:
-        double.output(double.build())
-    except RuntimeError:
-        return case, torch.float32
-    return double, torch.float64
 
 
 def effective_parameters(adapter: Adapter) -> dict[tuple[str, str], Tensor]:
@@ -71,7 +51,7 @@ def effective_parameters(adapter: Adapter) -> dict[tuple[str, str], Tensor]:
             site, holder = leaf.site, leaf.holder
             stored = holder._parameters[site.parameter]
             assert stored is not None
-            value = site.layout.stored(leaf.method.weight(leaf, leaf.weight()), stored)
+            value = leaf.stored(leaf.method.weight(leaf, leaf.weight()))
             places = _holders(adapter.model, stored) if site.whole else [(site.path, site.parameter)]
             bias = leaf.bias() if site.called else None
             new_bias = leaf.method.bias(leaf, bias) if site.called else None
@@ -94,19 +74,50 @@ def _holders(model: nn.Module, parameter: nn.Parameter) -> list[tuple[str, str]]
 
 
 def substitute(model: nn.Module, values: dict[tuple[str, str], Tensor]) -> None:
-    """Put plain tensors in the place of parameters, so that the model itself applies them."""
+    """Put plain tensors in the place of parameters, so that the model itself applies them.
+
+    A quantised linear map makes room for a plain one.
+    """
     for (path, name), value in values.items():
-        module = model.get_submodule(path)
-        module._parameters[name] = value  # type: ignore[assignment]
+        module: Any = model.get_submodule(path)
+        if is_packed(module, name):
+            plain = nn.Linear(module.in_features, module.out_features, bias=False)
+            plain.register_parameter("bias", module.bias)
+            model.set_submodule(path, plain)
+            module = plain
+        stored = module._parameters[name]
+        module._parameters[name] = value if stored is None else value.to(stored.dtype)
+
+
+def require_plain_products(case: Case) -> None:
+    """Leave out bases whose products are not those of their numbers: some round the inputs of a product too."""
+    model = case.build()
+    packed = {
+        (path, name): dense_weight(module, name)
+        for path, module in model.named_modules()
+        for name in list(module._parameters)
+        if is_packed(module, name)
+    }
+    expected = case.output(model)
+    substitute(model, packed)
+    if difference(case.output(model), expected) > case.rounding:
+        raise NotApplicable("the base's own products are not those of its dequantised weights")
 
 
 def fast_path_equals_reference(method: Method, case: Case) -> None:
     """Output and gradients beside the base equal those of the plain model with W′ (and b′) as its weights."""
-    require_weight_kind(method)
     if capabilities_of(method).input_dependent:
+        if would_hold(fast_path_equals_reference, method, case, input_dependent=False):
+            raise ContractViolation("input_dependent=True, but the output is that of one W′ for every input")
+        if not all(isinstance(part, WeightMethod) for part in method.parts()):
+            raise ContractViolation("input_dependent=True says that W′ depends on the input, but no W′ is declared")
         raise NotApplicable("input_dependent=True: there is no single W′")
+    require_weight_kind(method)
+    require_plain_products(case)
     case, dtype = in_double(case)
-    adapter = attach(case.build(), case.method(method), dtype=dtype, base_mode="eval")
+    adapter = attach(
+        case.build(), case.method(method), dtype=dtype, base_mode="eval", calibration=case.calibration(method)
+    )
     train(case, adapter, optimizer_of(adapter), 3)
     fast = case.forward(adapter.model)
     fast_gradients = gradients(adapter, objective(fast))
@@ -114,11 +125,9 @@ def fast_path_equals_reference(method: Method, case: Case) -> None:
     with adapter.disabled():
         substitute(plain, effective_parameters(adapter))
     reference = case.forward(plain)
-    loose = 1.0 if dtype is torch.float64 else 10.0
-    expect_near("fast path against W′ in the plain model", fast.detach(), reference.detach(), loose * ROUNDING)
-    expect_near_gradients(
-        "fast path against W′", fast_gradients, gradients(adapter, objective(reference)), loose * 1e-4
-    )
+    near = ROUNDING if dtype is torch.float64 else case.derived
+    expect_near("fast path against W′ in the plain model", fast.detach(), reference.detach(), near)
+    expect_near_gradients("fast path against W′", fast_gradients, gradients(adapter, objective(reference)), 10.0 * near)
 
 
 def merges_as_declared(method: Method, case: Case) -> None:
@@ -135,15 +144,19 @@ def merges_as_declared(method: Method, case: Case) -> None:
     apart = difference(case.output(adapter.model), beside)
     if receipt.created and not declared.creates_bias:
         raise ContractViolation(f"creates_bias=False, but merging created {receipt.created[0]!r}")
-    right = apart <= MERGED if declared.merge == "exact" else MERGED < apart <= APPROXIMATE
+    if declared.creates_bias and not receipt.created and not creates_bias(method, case):
+        raise ContractViolation("creates_bias=True, but merging creates none where maps have none")
+    right = apart <= case.derived if declared.merge == "exact" else case.derived < apart <= APPROXIMATE
     if not right:
         raise ContractViolation(
             f"merge={declared.merge!r}, but the merged output is {apart:.2g} of the largest output away from the "
-            f"attached one (exact: at most {MERGED:.0e}, approximate: more, and at most {APPROXIMATE})"
+            f"attached one (exact: at most {case.derived:.0e}, approximate: more, and at most {APPROXIMATE})"
         )
 
 
 def _refuses_to_merge(method: Method, case: Case, reason: str) -> None:
+    if capabilities_of(method).creates_bias:
+        raise ContractViolation("creates_bias=True, but merge='none' creates nothing")
     if not reason:
         raise ContractViolation("merge='none' without a merge_reason")
     adapter = trained(case, method)
@@ -161,7 +174,7 @@ def _refuses_to_merge(method: Method, case: Case, reason: str) -> None:
     with adapter.disabled():
         substitute(adapter.model, {(edit.path, edit.parameter): edit.value for edit in edits})
         apart = difference(case.output(adapter.model), beside)
-    if apart <= MERGED:
+    if apart <= case.derived:
         raise ContractViolation(f"merge='none', but folding it into the weights is exact (difference {apart:.2g})")
 
 
@@ -199,41 +212,67 @@ def unmerge_restores(method: Method, case: Case) -> None:
 
 
 def averages_as_declared(method: Method, case: Case) -> None:
-    """The mean of two adapters' tensors is the mean of their weights exactly if linear_in_parameters says so."""
-    require_weight_kind(method)
+    """The mean of two adapters of one seed changes weights (or what leaves act on) by the mean of the two changes,
+    exactly if linear_in_parameters says so."""
     declared = capabilities_of(method)
-    if declared.input_dependent:
-        raise NotApplicable("input_dependent=True: there is no single W′")
-    one, two = (trained(case, method, seed=seed, steps=2 + seed) for seed in (0, 1))
-    middle = attached(case, method)
+    one, two, middle = trained(case, method), trained(case, method), attached(case, method)
+    for number, adapter in enumerate((one, two)):
+        _scatter(adapter, number)
     with torch.no_grad():
-        for seed, adapter in enumerate((one, two)):
-            _move_apart(adapter, seed)
-        weights = [effective_parameters(adapter) for adapter in (one, two)]
         tensors = zip(middle.named_tensors(), one.named_tensors(), two.named_tensors(), strict=True)
         for (name, target, spec), (_, first, _), (_, second, _) in tensors:
-            if not spec.trainable and not torch.equal(first, second):
-                raise NotApplicable(f"the frozen {name!r} differs between adapters")
+            if not spec.trainable and spec.stored != "training":
+                expect_same(f"the frozen {name!r} of two adapters of one seed", first, second)
             target.copy_((first + second) / 2 if spec.trainable else first)
-        means = {place: (weights[0][place] + weights[1][place]) / 2 for place in weights[0]}
+        weights = all(isinstance(part, WeightMethod) for part in method.parts()) and not declared.input_dependent
+        ones, twos, means = (_effects(adapter, case, middle, weights) for adapter in (one, two, middle))
         apart = max(
-            float((value - means[place]).abs().max()) / _distance(weights[0][place], weights[1][place])
-            for place, value in effective_parameters(middle).items()
+            float((means[place] - (ones[place] + twos[place]) / 2).abs().max()) / _distance(ones[place], twos[place])
+            for place in means
         )
     linear = apart <= LINEAR
     if linear != declared.linear_in_parameters:
         raise ContractViolation(
-            f"linear_in_parameters={declared.linear_in_parameters}, but the weights of the mean differ from the mean "
-            f"of the weights by {apart:.2g} of the distance between the two"
+            f"linear_in_parameters={declared.linear_in_parameters}, but the mean of two adapters differs from the mean "
+            f"of what they do by {apart:.2g} of the distance between the two"
         )
 
 
-def _move_apart(adapter: Adapter, seed: int) -> None:
-    """Change what the adapter trains by half its own size: near one start, everything smooth looks linear."""
+def _scatter(adapter: Adapter, seed: int) -> None:
+    """Move every trained number by about the size of its tensor: near a start that both share, everything is linear."""
     generator = torch.Generator().manual_seed(seed)
-    for _, parameter in adapter.named_parameters():
-        size = float(parameter.float().abs().mean()) or 0.1
-        parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype), alpha=size / 2)
+    with torch.no_grad():
+        for _, tensor in adapter.named_parameters():
+            size = max(float(tensor.square().mean().sqrt()), 0.3) if tensor.numel() else 0.0
+            tensor.add_(torch.randn(tensor.shape, generator=generator).to(tensor), alpha=size)
+
+
+def _effects(adapter: Adapter, case: Case, caller: Adapter, weights: bool) -> dict[Any, Tensor]:
+    """What an adapter makes of the base: its weights, or what its leaves return for the calls of `caller`'s."""
+    if weights:
+        return dict(effective_parameters(adapter))
+    calls = calls_of(caller, case)
+    return {
+        (number, call): leaf(*args)
+        for number, (leaf, theirs) in enumerate(zip(own_leaves(adapter), own_leaves(caller), strict=True))
+        for call, args in enumerate(calls.get(theirs, ()))
+    }
+
+
+def own_leaves(adapter: Adapter) -> list[Any]:
+    """Return the leaves that carry the adapter's sites."""
+    return [leaf for part in adapter.parts for leaf in part.leaves]
+
+
+def calls_of(adapter: Adapter, case: Case) -> dict[nn.Module, list[tuple[Any, ...]]]:
+    """What each of the adapter's leaves is called with in one forward."""
+    calls: dict[nn.Module, list[tuple[Any, ...]]] = {}
+    leaves = own_leaves(adapter)
+    hooks = [leaf.register_forward_pre_hook(lambda m, args: calls.setdefault(m, []).append(args)) for leaf in leaves]
+    case.forward(adapter.model)
+    for hook in hooks:
+        hook.remove()
+    return calls
 
 
 def _distance(first: Tensor, second: Tensor) -> float:

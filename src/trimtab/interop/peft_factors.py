@@ -44,8 +44,11 @@ def common_rank(leaves_at: Mapping[str, Sequence[WeightLeaf]], rank: int | None)
             )
         own = sum(pair[0].shape[-2] for pair in factors if pair is not None)
         needed = max(needed, matrix_count(leaves[0]) * own)
-    chosen = needed if rank is None else rank
     counts = {path: matrix_count(leaves[0]) for path, leaves in leaves_at.items()}
+    most = max(max(leaf.site.in_features, leaf.site.out_features) for leaves in leaves_at.values() for leaf in leaves)
+    if rank is not None and rank > most * max(counts.values()):
+        raise SettingError(f"export_lora(rank={rank}): no layer is wider than {most}; give that or less.")
+    chosen = needed if rank is None else rank
     uneven = [path for path, count in counts.items() if chosen % count]
     if uneven:
         raise SettingError(

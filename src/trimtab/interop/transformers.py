@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,12 +13,14 @@ from torch import nn
 from trimtab.adapter import Adapter
 from trimtab.adapter_file import FILE_NAME
 from trimtab.attach import adapters
-from trimtab.errors import TrainingError, require
+from trimtab.errors import TrainingError
+from trimtab.extras import require
 from trimtab.storage import refill
+from trimtab.training.processes import processes_started
 
 _transformers: Any = require("transformers", "hf")
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
-# What Trainer writes for a resume; the state comes last, so that its presence says that the rest is there.
+# What Trainer writes for a resume, in place and one after the other, beside the generators of each process.
 _RESUMABLE = (FILE_NAME, "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 
@@ -196,11 +200,33 @@ def _refuse_unfit(trainer: Any) -> None:
     if trainer.args.n_gpu > 1:
         raise TrainingError("an adapter cannot be trained under DataParallel; start the script with torchrun instead.")
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise TrainingError("adapters are not gathered from FSDP or DeepSpeed; use torchrun (DDP) without them.")
+        raise TrainingError(
+            "Trainer's checkpoints do not gather adapters from FSDP or DeepSpeed. Use torchrun (DDP) without them, or "
+            "trimtab.training.loop.train, which gathers from FSDP2."
+        )
+    if processes_started() != trainer.args.world_size:
+        raise TrainingError(
+            f"{processes_started()} processes were started together, but Trainer sees {trainer.args.world_size}: each "
+            f"would train alone and overwrite what the others write. On a machine without a GPU, pass use_cpu=True."
+        )
 
 
 def _missing(checkpoint: Path) -> list[str]:
-    return [name for name in _RESUMABLE if not (checkpoint / name).is_file()]
+    count = processes_started()
+    generators = ["rng_state.pth"] if count == 1 else [f"rng_state_{index}.pth" for index in range(count)]
+    return [name for name in (*_RESUMABLE, *generators) if not _is_whole(checkpoint / name)]
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file is there and was written to its end: a process that was killed leaves part of one."""
+    if not file.is_file():
+        return False
+    if file.suffix == ".json":
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            return False
+    return file.suffix not in (".pt", ".pth") or zipfile.is_zipfile(file)
 
 
 def _check_complete(checkpoint: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trimtab.errors import require
+from trimtab.extras import require
 from trimtab.interop.transformers import AdapterTraining
 
 _trl: Any = require("trl", "trl")

@@ -78,7 +78,7 @@ def site_at(structure: Structure, path: str, side: Literal["input", "output"] = 
     if isinstance(module, nn.MultiheadAttention) and side == "output":
         return ActivationSite(path, side, module.embed_dim)
     part = next((part for part in structure.feed_forwards if path == part.sink), None)
-    return ActivationSite(path, side, part.hidden if part is not None else _hidden_width(structure, path))
+    return ActivationSite(path, side, hidden_width(structure, part) if part is not None else _width(structure, path))
 
 
 def _has_channels_second(norm: nn.Module) -> bool:
@@ -88,7 +88,7 @@ def _has_channels_second(norm: nn.Module) -> bool:
     return isinstance(norm, kinds) or named or vars(norm).get("data_format") == "channels_first"
 
 
-def _hidden_width(structure: Structure, path: str) -> int:
+def _width(structure: Structure, path: str) -> int:
     """Width of a composite module's hidden state, from its last linear map or its norms."""
     inside = [s for name in structure.within(path) if (s := linear_features(structure.modules[name]))]
     if not inside:
@@ -100,10 +100,19 @@ def _hidden_width(structure: Structure, path: str) -> int:
     return inside[-1][1]
 
 
+def hidden_width(structure: Structure, part: FeedForward) -> int:
+    """Return the width of what a feed-forward part writes; stacked experts tell it by the block's norms alone."""
+    features = linear_features(structure.modules[part.outputs[0]]) if part.outputs else None
+    if features is not None:
+        return features[1]
+    norms = (module for module in structure.within(part.block).values() if is_norm(module))
+    return next((module.get_parameter("weight").shape[0] for module in norms), 0)
+
+
 def parallel_site(structure: Structure, part: FeedForward) -> ActivationSite:
     """Return the site that reads a feed-forward part's input and adds to its output."""
     source = None if part.source == part.sink else part.source
-    return ActivationSite(part.sink, "output", part.hidden, source=source)
+    return ActivationSite(part.sink, "output", hidden_width(structure, part), source=source)
 
 
 def feed_forward_of(structure: Structure, item: Item) -> FeedForward:

@@ -19,7 +19,7 @@ def affine_edits(
 ) -> list[Edit]:
     """Fold h′ = scale ⊙ h + shift at one side of a module into its weight and bias, at least in float32."""
     if isinstance(module, nn.MultiheadAttention) and side == "output":
-        return _fold_map(module.out_proj, f"{path}.out_proj", side, module.out_proj.weight, scale, shift)
+        return _fold_map(module.out_proj, f"{path}.out_proj", side, scale, shift)
     weight = module._parameters.get("weight")
     if weight is None:
         raise AttachError(f"{path!r} ({type(module).__name__}) has no weight into which a scale and shift could fold.")
@@ -29,7 +29,21 @@ def affine_edits(
         table = at_least_single(dense_weight(module))
         table = table if scale is None else table * scale
         return [Edit(module, path, "weight", table if shift is None else table + shift)]
-    return _fold_map(module, path, side, weight, scale, shift)
+    return _fold_map(module, path, side, scale, shift)
+
+
+def input_edits(module: nn.Module, path: str, change: Tensor, shift: Tensor) -> list[Edit]:
+    """Fold h′ = h + change·h + shift at the input of a linear map: W′ = W + W·change, b′ = b + W·shift.
+
+    `change` (in, in), `shift` (in,); computed at least in float32. A bias is created where there is none.
+    """
+    layout, stored, bias = layout_of(path, module, None), module._parameters["weight"], module._parameters["bias"]
+    assert stored is not None
+    weight = at_least_single(layout.matrix(dense_weight(module)))  # (out, in)
+    moved = weight @ shift.to(weight.dtype)
+    changed = layout.stored(weight + weight @ change.to(weight.dtype), stored)
+    new_bias = moved if bias is None else at_least_single(bias) + moved
+    return [Edit(module, path, "weight", changed), Edit(module, path, "bias", new_bias)]
 
 
 def _fold_norm(
@@ -48,11 +62,10 @@ def _fold_norm(
     return edits
 
 
-def _fold_map(
-    module: nn.Module, path: str, side: str, weight: Tensor, scale: Tensor | None, shift: Tensor | None
-) -> list[Edit]:
+def _fold_map(module: nn.Module, path: str, side: str, scale: Tensor | None, shift: Tensor | None) -> list[Edit]:
     layout = layout_of(path, module, None)
-    matrix = at_least_single(layout.matrix(dense_weight(module)))  # (*lead, out, in)
+    stored = dense_weight(module)
+    matrix = at_least_single(layout.matrix(stored))  # (*lead, out, in)
     bias = module._parameters.get("bias")
     edits, base = [], None if bias is None else at_least_single(bias)
     if side == "input":
@@ -67,7 +80,7 @@ def _fold_map(
             base = None if base is None else base * scale
         base = base if shift is None else shift if base is None else base + shift
     if scale is not None:
-        edits.append(Edit(module, path, "weight", layout.stored(matrix, weight)))
+        edits.append(Edit(module, path, "weight", layout.stored(matrix, stored)))
     if base is not None and (bias is None or not torch.equal(base, at_least_single(bias))):
         edits.append(Edit(module, path, "bias", base))
     return edits

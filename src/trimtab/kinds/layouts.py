@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -96,6 +97,12 @@ def along_axis(vector: Tensor, axis: int, like: Tensor) -> Tensor:
     """Shape a vector of one number per channel so that it acts along the channel axis of `like`."""
     behind = like.dim() - 1 - axis if axis >= 0 else -1 - axis
     return vector.view(-1, *[1] * behind) if behind else vector
+
+
+def index_dtype(size: int) -> torch.dtype:
+    """Return the narrowest integer type for the positions 0 … size-1 along an axis that processes can exchange."""
+    types = (torch.uint8, torch.int32)  # gloo, which joins processes without GPUs, knows no int16
+    return next((kind for kind in types if size - 1 <= torch.iinfo(kind).max), torch.int64)
 
 
 def layout_of(path: str, module: nn.Module, parameter: str | None) -> Layout:

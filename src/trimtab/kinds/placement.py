@@ -1,11 +1,13 @@
-"""Where some activation methods act inside a block: at the residual's norm, at single heads."""
+"""Where some activation methods act inside a block: at the residual's norm, at single heads, in named roles."""
 
 from __future__ import annotations
 
 from torch import nn
 
+from trimtab.method import Targets
 from trimtab.quantized import linear_features
 from trimtab.structure import Attention, FeedForward, Structure, is_norm
+from trimtab.targets import ROLES, split_clauses
 
 _HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "d_head", "dim_head")
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
@@ -52,3 +54,12 @@ def head_size(structure: Structure, part: Attention) -> int | None:
         return None
     size = sizes[0] if sizes else features[0] // counts[0]
     return int(size) if features[0] % size == 0 else None
+
+
+def named_roles(targets: Targets) -> set[str]:
+    """Return the roles that a target expression names; none for a function."""
+    if callable(targets):
+        return set()
+    expressions = (targets,) if isinstance(targets, str) else targets
+    names = (clause.split("[")[0] for expression in expressions for _, clause in split_clauses(expression))
+    return {name for name in names if name in ROLES}

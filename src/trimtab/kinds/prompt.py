@@ -75,7 +75,7 @@ class PromptLeaf(Leaf):
             return call(**self._continued(inputs, past))
         if inputs.get("encoder_outputs") is not None:
             raise AttachError(
-                f"adapter {self.state.name!r} puts a prompt in front of the encoder's tokens; whether the given "
+                f"adapter {self.adapter.name!r} puts a prompt in front of the encoder's tokens; whether the given "
                 f"encoder_outputs hold it cannot be told. Pass input_ids, or call generate."
             )
         extended = self.extended(inputs)
@@ -276,7 +276,7 @@ class PromptMethod(Method):
         tables = [i.path for i in resolve(structure, targets) if isinstance(structure.modules[i.path], nn.Embedding)]
         if not tables:
             raise TargetError(f"targets {targets!r} name no embedding; use 'embedding'.")
-        table = max(tables, key=lambda path: int(structure.modules[path].num_embeddings))  # type: ignore[arg-type]
+        table = max(tables, key=lambda path: structure.modules[path].get_parameter("weight").shape[0])
         module = structure.modules[table]
         assert isinstance(module, nn.Embedding)
         special = _special_ids(getattr(structure.model, "config", None))

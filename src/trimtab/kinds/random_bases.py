@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trimtab.kinds.transforms import transformed
+
 
 def scaled_basis(A: Tensor, Lambda: Tensor, Gamma: Tensor) -> Tensor:
     """Return the rows A[k] · Λ[k, b] ∘ Γ[b] in the order (k, b): (*lead, r·n, small).
 
     A (r, small) is frozen, Λ (*lead, r, n) and Γ (*lead, n, small) learn. Backward keeps these three alone.
     """
+    if transformed():
+        return _basis(A, Lambda, Gamma)
     return _ScaledBasis.apply(A, Lambda, Gamma)  # type: ignore[no-any-return,no-untyped-call]
 
 

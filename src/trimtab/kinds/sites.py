@@ -39,7 +39,7 @@ class Companion(Leaf):
     partner: Any
 
     def __init__(self, partner: Leaf, target: nn.Module) -> None:
-        super().__init__(partner.method, partner.site, partner.state, partner.root, target)
+        super().__init__(partner.part, partner.site, target)
         self.__dict__["partner"] = partner  # a reference: it is registered at its own target
 
     def edits(self) -> list[Edit]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import AttachError, TargetError
-from trimtab.hooks import Call, Leaf, in_backward
+from trimtab.hooks import Call, Leaf
 from trimtab.kinds.activation import change_primary, first_tensor, site_at
+from trimtab.kinds.recomputation import in_backward
 from trimtab.kinds.sites import ModuleSite
 from trimtab.kinds.tokens import AttentionCall, AttentionTap, attention_site, untapped
 from trimtab.method import Method, Targets

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimtab.hooks import Leaf
 from trimtab.kinds.lowrank import lora_scale
 from trimtab.kinds.weight import Factors, ParameterSite, WeightLeaf, WeightMethod, refuse_embedding
 from trimtab.method import Spec, Targets, frozen, setting
@@ -47,18 +48,18 @@ class StartedLowRank(WeightMethod):
             "B_start": frozen(*up, stored="always"),
         }
 
-    def start(self, leaf: WeightLeaf, weight: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def start(self, leaf: WeightLeaf, weight: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor] | None:
         """Return (A₀, B₀), (*lead, r, in) and (*lead, out, r), from the weight (*lead, out, in) in float32 or more.
 
-        s·B₀·A₀ is the part of the weight that is trained: divide by `scale` where the method says so.
+        s·B₀·A₀ is the part of the weight that is trained: divide by `scale` where the method says so. None: the start
+        comes from calibration data.
         """
-        raise NotImplementedError
+        return None
 
     def initialise(self, leaf: WeightLeaf, generator: torch.Generator) -> None:
-        down, up = self.start(leaf, at_least_single(leaf.weight()), generator)
-        for name, value in (("A", down), ("B", up)):
-            getattr(leaf, name).copy_(value)
-            getattr(leaf, f"{name}_start").copy_(getattr(leaf, name))
+        start = self.start(leaf, at_least_single(leaf.weight()), generator)
+        if start is not None:
+            set_start(leaf, *start)
 
     def delta(self, leaf: WeightLeaf) -> Tensor:
         return self.scale * (leaf.B @ leaf.A - leaf.B_start @ leaf.A_start)
@@ -68,3 +69,10 @@ class StartedLowRank(WeightMethod):
         down = torch.cat([leaf.A, leaf.A - leaf.A_start], dim=-2)
         up = torch.cat([leaf.B - leaf.B_start, leaf.B_start], dim=-1)
         return Factors(down, up, self.scale, dropout=self.dropout)
+
+
+def set_start(leaf: Leaf, down: Tensor, up: Tensor) -> None:
+    """Set A and B, and the start that their product is measured from."""
+    for name, value in (("A", down), ("B", up)):
+        getattr(leaf, name).copy_(value)
+        getattr(leaf, f"{name}_start").copy_(getattr(leaf, name))  # as rounded

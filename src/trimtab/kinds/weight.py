@@ -9,22 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.adapter import Part
 from trimtab.errors import SettingError, TargetError
-from trimtab.hooks import Call, Leaf, State, base_class
+from trimtab.hooks import Call, Leaf, base_class
 from trimtab.kinds.layouts import ConvolutionLayout, EmbeddingLayout, Layout, callable_alone, layout_of
 from trimtab.kinds.lowrank import Factors as Factors
 from trimtab.kinds.lowrank import add_update, linear_with_update
+from trimtab.kinds.placement import named_roles
 from trimtab.kinds.sites import Companion, other_holders
+from trimtab.kinds.transforms import transformed
 from trimtab.merge import Edit
 from trimtab.method import Method, Targets
 from trimtab.quantized import at_least_single, dense_weight, is_packed, linear_features
 from trimtab.structure import Structure
-from trimtab.targets import Item, named_roles, resolve
+from trimtab.targets import Item, resolve
 
 
 @dataclass(frozen=True)
 class ParameterSite:
-    """One weight: the parameter of a module, and the module whose forward reads it."""
+    """One weight: the parameter of a module, the module whose forward reads it, and whether a bias is added there."""
 
     path: str
     parameter: str
@@ -33,6 +36,7 @@ class ParameterSite:
     layout: Layout
     called: bool
     whole: bool = False
+    has_bias: bool = False
 
     def __str__(self) -> str:
         return f"{self.path}:{self.parameter}" if self.path else self.parameter
@@ -91,7 +95,8 @@ def parameter_site(structure: Structure, item: Item, *, whole: bool = False) -> 
     assert weight is not None
     packed = is_packed(module, parameter)
     shape = (layout.out_features, layout.in_features) if packed else tuple(weight.shape)
-    return ParameterSite(item.path, parameter, owner, shape, layout, called, whole)
+    has_bias = called and module._parameters.get("bias") is not None
+    return ParameterSite(item.path, parameter, owner, shape, layout, called, whole, has_bias)
 
 
 def _flat(weight: Tensor | None) -> tuple[int, int]:
@@ -125,12 +130,14 @@ class WeightLeaf(Leaf):
         """Return the base bias, or None."""
         return self.holder._parameters.get("bias")
 
+    def stored(self, matrix: Tensor) -> Tensor:
+        """Bring a matrix (*lead, out, in) to the shape of the base's tensor, or of its numbers where it is packed."""
+        return self.site.layout.stored(matrix, dense_weight(self.holder, self.site.parameter))
+
     def edits(self) -> list[Edit]:
         """Return the base tensors after merging, at least in float32: W′, and b′ where the method changes it."""
-        stored, holder = self.holder._parameters[self.site.parameter], self.holder
-        assert stored is not None
-        changed = self.method.weight(self, at_least_single(self.weight()))
-        value = self.site.layout.stored(changed, stored)
+        holder = self.holder
+        value = self.stored(self.method.weight(self, at_least_single(self.weight())))
         edits = [Edit(holder, self.site.path, self.site.parameter, value, for_all_holders=self.site.whole)]
         bias = self.bias() if self.site.called else None
         new_bias = self.method.bias(self, bias)
@@ -144,11 +151,10 @@ class CallLeaf(WeightLeaf):
 
     beside = True
 
-    def __init__(self, method: Method, site: Any, state: State, root: nn.Module, target: nn.Module) -> None:
-        super().__init__(method, site, state, root, target)
+    def __init__(self, part: Part, site: Any, target: nn.Module) -> None:
+        super().__init__(part, site, target)
         plain = base_class(target).forward is nn.Linear.forward and not is_packed(target)
-        assert isinstance(method, WeightMethod)
-        given, base = type(method), WeightMethod
+        given, base = type(self.method), WeightMethod
         by_factors = given.factors is not base.factors and given.forward is base.forward
         self.fusible = plain and (by_factors or given.fused is not base.fused)
         self.padding = target.padding_idx if isinstance(target, nn.Embedding) else None
@@ -161,8 +167,9 @@ class CallLeaf(WeightLeaf):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Return the changed output; without `y`, the base product is computed here too."""
-        if y is None:
+        if y is None and not transformed():
             return self.method.fused(self, x)
+        y = nn.Linear.forward(self.target, x) if y is None else y  # type: ignore[arg-type]
         output, still = self.method.forward(self, x, y), self.padding
         # A table learns nothing from padding.
         return output if still is None else torch.where((x == still).unsqueeze(-1), output.detach(), output)

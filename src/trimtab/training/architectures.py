@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimtab.errors import ModelError, require
+from trimtab.extras import require
+from trimtab.training.errors import ModelError
 from trimtab.training.model_sources import ModelSource, resolve_model
 from trimtab.training.models import quiet_transformers
 from trimtab.training.tasks import AnyTask

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trimtab.errors import SettingError
 from trimtab.training.encoding import Encoded
+from trimtab.training.processes import ALONE, Processes
 
 Item = TypeVar("Item")
 
@@ -93,10 +94,14 @@ class BatchOrder:
 
 @dataclass(frozen=True)
 class Loader:
-    """Encoded rows in an order: iterate it for the batches of epoch 0, or `run` it to train and resume."""
+    """Encoded rows in an order: iterate it for the batches of epoch 0, or `run` it to train and resume.
+
+    `processes`: those that share the work of `measure`.
+    """
 
     encoded: Encoded
     order: BatchOrder
+    processes: Processes = ALONE
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -105,16 +110,26 @@ class Loader:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return (self.encoded.collate(rows) for rows in self.order.batches(0))
 
+    def measure(self, function: Callable[[tuple[int, ...], dict[str, Tensor]], Item]) -> list[Item]:
+        """Return function(rows, batch) for every batch of epoch 0, in order, each computed by one of the processes."""
+        return self.processes.spread(lambda rows: function(rows, self.encoded.collate(rows)), self.order.batches(0))
+
     def run(self, epochs: int, start: Position = Position()) -> Iterator[tuple[Position, dict[str, Tensor]]]:
         """Yield (position, batch) from `start` to the end of the last epoch; see `BatchOrder.run`."""
         return ((position, self.encoded.collate(rows)) for position, rows in self.order.run(epochs, start))
 
 
 def make_loader(
-    encoded: Encoded, batch_size: int, *, seed: int = 0, shuffle: bool = True, group_by_length: bool = False
+    encoded: Encoded,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    shuffle: bool = True,
+    group_by_length: bool = False,
+    processes: Processes = ALONE,
 ) -> Loader:
-    """Return the loader of `encoded` rows; for evaluation give shuffle=False."""
-    return Loader(encoded, BatchOrder(encoded.lengths, batch_size, seed, shuffle, group_by_length))
+    """Return the loader of `encoded` rows; for evaluation give shuffle=False, and the processes that share it."""
+    return Loader(encoded, BatchOrder(encoded.lengths, batch_size, seed, shuffle, group_by_length), processes)
 
 
 def shuffled(items: list[Item], key: str) -> list[Item]:

@@ -8,11 +8,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.errors import DataError, SettingError, require
+from trimtab.errors import SettingError
+from trimtab.extras import require
 from trimtab.training.batches import Loader
 from trimtab.training.columns import COMPLETION, PROMPT, TEXT, find_column, matching_columns
 from trimtab.training.encoding import IGNORED, Encoded, Tokens, check_room, make_encoded, no_tokens, tokenize_plain
-from trimtab.training.metrics import Metrics, check_finite, evaluating, perplexity
+from trimtab.training.errors import DataError
+from trimtab.training.metrics import Metrics, evaluating, perplexity, sum_finite
 from trimtab.training.table import Table, listed
 
 
@@ -88,16 +90,17 @@ class CausalLM:
 
     def evaluate(self, model: nn.Module, loader: Loader) -> Metrics:
         """Return the mean loss per predicted token (nats) and its exponential, the perplexity."""
-        total, count = 0.0, 0
         with evaluating(model) as device:
-            for index, batch in enumerate(loader):
+
+            def measure(rows: tuple[int, ...], batch: dict[str, Tensor]) -> tuple[float, int]:
                 labels = batch["labels"].to(device)
                 logits = model(
                     input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)
                 ).logits
-                total += check_finite(next_token_loss(logits, labels), index)
-                count += self.loss_terms(labels)
-        loss = total / count
+                return float(next_token_loss(logits, labels)), self.loss_terms(labels)
+
+            losses, counts = zip(*loader.measure(measure), strict=True)
+        loss = sum_finite(losses) / sum(counts)
         return Metrics("loss", False, {"loss": loss, "perplexity": perplexity(loss)}, len(loader.encoded))
 
     def baseline(self, train: Encoded, loader: Loader, base: nn.Module) -> Metrics:

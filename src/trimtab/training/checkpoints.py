@@ -20,7 +20,8 @@ from torch import Tensor
 from trimtab.adapter import Adapter
 from trimtab.adapter_file import file_bytes, write_atomically
 from trimtab.errors import AdapterFileError, SettingError
-from trimtab.storage import refill
+from trimtab.quantized import placed_like, whole
+from trimtab.storage import refill, save_adapter
 from trimtab.training.metrics import Metrics
 from trimtab.training.randomness import RandomState
 
@@ -55,16 +56,18 @@ def save_checkpoint(
     random_states: list[RandomState],
     identity: dict[str, Any],
     scaler: Any = None,
+    write: bool = True,
 ) -> Path:
     """Write the checkpoint of a step and remove older ones; a kill at any moment leaves the old one or the new one.
 
     `random_states`: one for each process. `identity`: JSON values that a run must share to be the same run.
-    `scaler`: the gradient scaler of mixed precision, if any. Raises AdapterFileError.
+    `scaler`: the gradient scaler of mixed precision, if any. Every process of a run calls this, so that shards can be
+    gathered, and one of them with `write`. Raises AdapterFileError.
     """
     final = _folder(output) / f"step-{state.step:08d}"
-    if final.exists():
-        return final
     tensors, values = _optimizer_state(adapter, optimizer)
+    if not write or final.exists():
+        return save_adapter(adapter, final, training=True, write=False).parent
     for rank, random_state in enumerate(random_states):
         tensors |= {f"random/{rank}/{name}": tensor for name, tensor in random_state.tensors.items()}
     tensors |= {f"best/{name}": tensor for name, tensor in state.best_tensors.items()}
@@ -77,7 +80,7 @@ def save_checkpoint(
     }
     payload = file_bytes(tensors, {"trimtab": json.dumps(header)})
     with _whole_folder(final) as folder:
-        adapter.save(folder, training=True)
+        save_adapter(adapter, folder, training=True)
         write_atomically(folder / STATE_NAME, payload)
     _remove_older(final)
     return final
@@ -147,7 +150,7 @@ def _optimizer_state(adapter: Adapter, optimizer: torch.optim.Optimizer) -> tupl
     for name, parameter in adapter.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer/{name}/{key}"] = value.detach().cpu().contiguous()
+                tensors[f"optimizer/{name}/{key}"] = whole(value.detach()).cpu().contiguous()
             else:
                 values.setdefault(name, {})[key] = value
     return tensors, values
@@ -160,7 +163,7 @@ def _restore_optimizer(
         entries: dict[str, Any] = dict(values.get(name, {}))
         for key, tensor in _under(tensors, f"{name}/").items():
             # AdamW keeps its step count on the CPU, everything else beside the parameter.
-            entries[key] = tensor if key == "step" else tensor.to(parameter.device)
+            entries[key] = tensor if key == "step" else placed_like(tensor, parameter)
         if entries:
             optimizer.state[parameter] = entries
 

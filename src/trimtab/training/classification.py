@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.errors import DataError, nearest, require
+from trimtab.errors import nearest
+from trimtab.extras import require
 from trimtab.training.batches import Loader
 from trimtab.training.columns import LABEL, TEXT, find_column
 from trimtab.training.encoding import Encoded, make_encoded, tokenize
-from trimtab.training.metrics import Metrics, accuracy_metrics, check_finite, evaluating
+from trimtab.training.errors import DataError
+from trimtab.training.metrics import Metrics, accuracy_metrics, evaluating, sum_finite
 from trimtab.training.table import Table
 
 
@@ -73,19 +76,19 @@ class Classification:
 
     def evaluate(self, model: nn.Module, loader: Loader) -> Metrics:
         """Return accuracy with its 95 % Wilson interval, macro-F1, and the mean cross-entropy in nats."""
-        predicted: list[int] = []
-        true: list[int] = []
-        loss = 0.0
         with evaluating(model) as device:
-            for index, batch in enumerate(loader):
+
+            def measure(rows: tuple[int, ...], batch: dict[str, Tensor]) -> tuple[float, list[int], list[int]]:
                 labels = batch["labels"].to(device)
                 logits = model(
                     input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device)
                 ).logits.float()  # (rows, classes)
-                loss += check_finite(F.cross_entropy(logits, labels, reduction="sum"), index)
-                predicted += logits.argmax(-1).tolist()
-                true += labels.tolist()
-        return accuracy_metrics(predicted, true, loss / len(true))
+                loss = F.cross_entropy(logits, labels, reduction="sum")
+                return float(loss), logits.argmax(-1).tolist(), labels.tolist()
+
+            losses, predicted, true = zip(*loader.measure(measure), strict=True)
+        loss = sum_finite(losses) / len(loader.encoded)
+        return accuracy_metrics(list(chain(*predicted)), list(chain(*true)), loss)
 
     def baseline(self, train: Encoded, loader: Loader, base: nn.Module) -> Metrics:
         """Return what always answering the most frequent class of the training data gives; `base` is not run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trimtab.errors import DataError
+from trimtab.training.errors import DataError
 from trimtab.training.table import Table, listed
 
 TEXT = (

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import DataError, require, suggestion
+from trimtab.errors import suggestion
+from trimtab.extras import require
+from trimtab.training.errors import DataError
 from trimtab.training.hub import hub_is_reachable
 from trimtab.training.table import Table
 from trimtab.training.text_files import read_delimited, read_json, read_json_lines
@@ -59,7 +61,7 @@ def _local_data(folder: Path) -> list[str]:
 def _read_file(path: Path, delimiter: str | None, header: Sequence[str] | None) -> Table:
     ending = path.suffix.lower()
     if ending in (".csv", ".tsv"):
-        separator = delimiter or ("," if ending == ".csv" else "\t")
+        separator = delimiter if delimiter is not None else ("," if ending == ".csv" else "\t")
         return read_delimited(path, delimiter=separator, quoted=ending == ".csv", header=header)
     _refuse_text_options(str(path), delimiter, header)
     if ending in (".jsonl", ".ndjson"):

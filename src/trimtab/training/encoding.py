@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from trimtab.errors import DataError, ModelError, SettingError
+from trimtab.errors import SettingError
+from trimtab.training.errors import DataError, ModelError
 from trimtab.training.table import Table
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
@@ -116,7 +117,7 @@ def check_room(table: Table, max_length: int, needed: int) -> None:
     if max_length < needed:
         raise SettingError(
             f"max_length={max_length} cuts every one of the {len(table)} rows of {table.source} to nothing: "
-            f"with the tokenizer's special tokens a row needs {needed} tokens at least. Give a larger max_length."
+            f"with the tokenizer's special tokens a row needs {needed}. Give max_length={needed} or more."
         )
 
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from trimtab.attach import plan
 from trimtab.kinds.selection import SelectionMethod
 from trimtab.method import Method, find_method
 from trimtab.methods.composition.compose import Compose
 from trimtab.methods.selection.full_tuning import FullTuning
+from trimtab.planning import plan
 
 HEAD_LR_SCALE = 10.0  # a fresh head has all to learn: at the rate of what is pretrained it stays behind
 

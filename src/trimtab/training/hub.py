@@ -5,7 +5,7 @@ from __future__ import annotations
 import urllib.error
 import urllib.request
 
-from trimtab.errors import require
+from trimtab.extras import require
 
 
 def hub_is_reachable(timeout: float = 10.0) -> bool:

@@ -1,4 +1,4 @@
-"""The training loop: one process or many (DistributedDataParallel), any precision, resumed bit for bit.
+"""The training loop: one process or many (DistributedDataParallel, FSDP2), any precision, resumed bit for bit.
 
 Start a script that calls `train` with `torchrun` or `accelerate launch` to use many processes: each micro-batch is
 split over them, and the losses are weighted so that the sum is what one process would have computed.
@@ -19,20 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapter import Adapter
-from trimtab.errors import Interrupted, SettingError, TrainingError, require
+from trimtab.errors import SettingError, TrainingError
+from trimtab.extras import require
+from trimtab.quantized import placed_like, whole
+from trimtab.storage import save_adapter
 from trimtab.training.batches import Loader, make_loader
 from trimtab.training.checkpoints import RunState, load_checkpoint, newest_checkpoint, save_checkpoint
 from trimtab.training.encoding import Encoded
+from trimtab.training.errors import Interrupted
 from trimtab.training.interruption import Interruption
 from trimtab.training.metrics import Metrics
+from trimtab.training.processes import Processes, holds_shards, make_accelerator, prepare, reshard
 from trimtab.training.progress import Progress, TrainingResult, peak_bytes
 from trimtab.training.randomness import capture, seeded
 from trimtab.training.schedule import LoopSettings, Schedule, Step
 from trimtab.training.tasks import Task
 
 __all__ = ["LoopSettings", "Progress", "TrainingResult", "train"]
-
-_DISTRIBUTED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")  # one model in each process
 
 
 def train(
@@ -52,16 +55,17 @@ def train(
     `model`: the one that the adapter is attached to; it gives `.loss`, its mean over the terms that `task` counts.
     `output`: folder for checkpoints and, at the end, the adapter; `resume` goes on from the newest checkpoint there,
     with the same settings and data, to the same bits as the unbroken run. `on_progress` is called after every step,
-    in the main process. Ctrl-C finishes the step, saves a checkpoint, and raises Interrupted.
-    Raises SettingError, TrainingError (a loss that is not finite), AdapterFileError.
+    in the main process. Ctrl-C finishes the step, saves a checkpoint, and raises Interrupted. With FSDP2 the model
+    stays sharded. Raises SettingError, TrainingError (a loss that is not finite), AdapterFileError.
     """
     checkpoint = _checked_request(model, adapter, output, resume)
-    accelerator = _accelerator()
+    accelerator = make_accelerator(task.name)
     schedule = Schedule(settings, _loader(train, settings).order)
-    wrapped = accelerator.prepare_model(model)
-    plain = torch.optim.AdamW(adapter.parameter_groups(settings.lr, settings.weight_decay), lr=settings.lr)
-    optimizer = accelerator.prepare_optimizer(plain)
-    checks = None if validation is None else make_loader(validation, settings.batch_size, shuffle=False)
+    wrapped, plain, optimizer = prepare(accelerator, adapter, settings.lr, settings.weight_decay)
+    shared = Processes(accelerator.process_index, accelerator.num_processes)
+    checks = None
+    if validation is not None:
+        checks = make_loader(validation, settings.batch_size, shuffle=False, processes=shared)
     with _training(accelerator, adapter, wrapped):
         if checkpoint is None:
             adapter.steps = 0
@@ -95,7 +99,9 @@ class _Run:
         for free in ("evaluate_every", "checkpoint_every"):
             del settings[free]
         processes = self.accelerator.num_processes
+        self.sharded = holds_shards(self.adapter)
         self.identity = settings | {"processes": processes, "data": _digest(self.data)}
+        self.identity |= {"sharded": True} if self.sharded else {}
 
     def resume(self, checkpoint: Path) -> int:
         """Take up the state of a checkpoint; returns the steps that had been made."""
@@ -137,9 +143,9 @@ class _Run:
         if state.best_step not in (0, state.step):
             with torch.no_grad():
                 for name, tensor in _kept(self.adapter):
-                    tensor.copy_(state.best_tensors[name])
-        if self.output is not None and self.accelerator.is_main_process:
-            self.adapter.save(self.output)
+                    tensor.copy_(placed_like(state.best_tensors[name], tensor))
+        if self.output is not None:
+            save_adapter(self.adapter, self.output, training=False, write=self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()
         memory = peak_bytes(self.accelerator.device)
         return TrainingResult(state.step, state.seconds, state.loss, memory, state.best, state.last, resumed_from)
@@ -152,7 +158,7 @@ class _Run:
         for index, (batch, terms) in enumerate(shares):
             last = index == len(shares) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss += self._backward(batch, terms / total)
+                loss += self._backward(batch, terms / total, 1 / len(shares))
         value, requests = self._sum(loss.item(), float(interruption.requested))
         self._check_finite("loss", value, step)
         factor = self.schedule.learning_rate_factor(step.number)
@@ -174,23 +180,31 @@ class _Run:
         terms = self.task.loss_terms(batch["labels"]) if own else 0
         return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}, terms
 
-    def _backward(self, batch: dict[str, Tensor], weight: float) -> Tensor:
-        """Add a micro-batch's gradients; `weight`: its share of the step's loss terms. Returns its part of the loss."""
+    def _backward(self, batch: dict[str, Tensor], weight: float, share: float) -> Tensor:
+        """Add a micro-batch's gradients; returns its part of the loss.
+
+        `weight`: its share of the step's loss terms; `share`: that of the penalty, alike in every process.
+        """
+        # FSDP2 reduces what flows through the whole parameters of the forward: a penalty of the shards goes beside it.
+        beside = self.adapter.penalty() if self.sharded else None
         loss: Tensor = self.model(**batch).loss
-        penalty = self.adapter.penalty()
-        objective = loss if penalty is None else loss + penalty
-        # DistributedDataParallel averages over processes, the step's loss is a sum over them.
-        self.accelerator.backward(objective * (weight * self.accelerator.num_processes))
+        penalty = None if self.sharded else self.adapter.penalty()
+        # Gradients are averaged over processes, the step's loss is a sum over them.
+        objective = loss * (weight * self.accelerator.num_processes)
+        self.accelerator.backward(objective if penalty is None else objective + penalty * share)
+        if beside is not None:
+            self.accelerator.backward(beside * share)
         return loss.detach().float() * weight
 
     def _evaluate(self) -> Metrics:
         assert self.validation is not None
         metrics = self.task.evaluate(self.adapter.model, self.validation)
-        state = self.state
-        state.last = metrics
+        if self.sharded:
+            reshard(self.adapter.model)
+        (state := self.state).last = metrics
         if state.best is None or metrics.is_better_than(state.best):
             state.best, state.best_step = metrics, state.step
-            state.best_tensors = {name: t.detach().to("cpu", copy=True) for name, t in _kept(self.adapter)}
+            state.best_tensors = {name: whole(t.detach()).to("cpu", copy=True) for name, t in _kept(self.adapter)}
         return metrics
 
     def _save(self) -> None:
@@ -199,9 +213,10 @@ class _Run:
         states = [capture(self.accelerator.device)]
         if self.accelerator.num_processes > 1:
             states = require("accelerate.utils", "hf").gather_object(states)
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            save_checkpoint(self.output, self.adapter, self.plain_optimizer, self.state, states, self.identity, scaler)
+        scaler, write = self.accelerator.scaler, self.accelerator.is_main_process
+        save_checkpoint(
+            self.output, self.adapter, self.plain_optimizer, self.state, states, self.identity, scaler, write
+        )
         self.accelerator.wait_for_everyone()
 
     def _sum(self, *values: float) -> list[float]:
@@ -250,17 +265,6 @@ def _checked_request(model: nn.Module, adapter: Adapter, output: Path | None, re
             f"it (resume=True), choose another folder, or remove {newest.parent}."
         )
     return newest
-
-
-def _accelerator() -> Any:
-    accelerator = require("accelerate", "hf").Accelerator()
-    kind = accelerator.distributed_type.value
-    if kind not in _DISTRIBUTED:
-        raise SettingError(f"the loop trains in one process or with DistributedDataParallel; found {kind}.")
-    accelerator.gradient_accumulation_steps = 1  # the loop weights micro-batches itself, whatever the launcher says
-    if accelerator.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(accelerator.device)
-    return accelerator
 
 
 def _loader(data: Encoded, settings: LoopSettings) -> Loader:

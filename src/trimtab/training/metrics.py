@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trimtab.errors import TrainingError
 
@@ -79,15 +79,15 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 709 else math.inf
 
 
-def check_finite(loss: Tensor, batch: int) -> float:
-    """Return a loss as a float; raises TrainingError when it is infinite or not a number."""
-    value = float(loss)
-    if not math.isfinite(value):
-        raise TrainingError(
-            f"the evaluation loss of batch {batch} (from 0) is {value}: the model gives no usable output. "
-            "Lower the learning rate, or evaluate in float32."
-        )
-    return value
+def sum_finite(losses: Sequence[float]) -> float:
+    """Return the sum of the losses of batches; raises TrainingError when one is infinite or not a number."""
+    for batch, value in enumerate(losses):
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the evaluation loss of batch {batch} (from 0) is {value}: the model gives no usable output. "
+                "Lower the learning rate, or evaluate in float32."
+            )
+    return sum(losses)
 
 
 @contextmanager

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trimtab.errors import MissingExtraError, ModelError, require, suggestion
+from trimtab.errors import suggestion
+from trimtab.extras import MissingExtraError, require
 from trimtab.training.data import looks_like_path
+from trimtab.training.errors import ModelError
 from trimtab.training.hub import hub_is_reachable
 
 

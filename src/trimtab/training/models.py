@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimtab.errors import ModelError, SettingError, require
+from trimtab.errors import SettingError
+from trimtab.extras import require
 from trimtab.training.classification import Classification
 from trimtab.training.encoding import padding_id
+from trimtab.training.errors import ModelError
 from trimtab.training.model_sources import ModelSource, resolve_model
 from trimtab.training.tasks import AnyTask
 

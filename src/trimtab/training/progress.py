@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trimtab.errors import require
+from trimtab.extras import require
 from trimtab.training.metrics import Metrics
 
 

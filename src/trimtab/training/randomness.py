@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.errors import require
+from trimtab.extras import require
 
 
 @dataclass(frozen=True, eq=False)

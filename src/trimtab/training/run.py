@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch import nn
 from trimtab.adapter import Adapter
 from trimtab.adapter_file import FILE_NAME
 from trimtab.attach import attach
-from trimtab.errors import SettingError, require
+from trimtab.errors import SettingError
+from trimtab.method import Batches, Method
 from trimtab.storage import load
 from trimtab.training.batches import Loader, make_loader
 from trimtab.training.checkpoints import newest_checkpoint
@@ -24,6 +26,7 @@ from trimtab.training.heads import with_fresh_head
 from trimtab.training.loop import train
 from trimtab.training.metrics import Metrics
 from trimtab.training.models import LoadedModel, load_model
+from trimtab.training.processes import Processes, current_processes
 from trimtab.training.progress import Progress, TrainingResult
 from trimtab.training.run_folder import RunRecord, clear, differences, read_record, write_record
 from trimtab.training.run_settings import RunSettings, method_text
@@ -32,6 +35,7 @@ from trimtab.training.table import Table
 from trimtab.training.tasks import AnyTask, make_task
 
 DEFAULT_MAX_LENGTH = 512
+CALIBRATION_BATCHES = 8
 EXAMPLE_CHARACTERS = 60
 
 
@@ -93,14 +97,24 @@ def prepare(settings: RunSettings) -> Run:
 
     validation, test = encode(split.validation), encode(split.test)
     base_numbers = sum(parameter.numel() for parameter in loaded.model.parameters())
-    adapter = attach(loaded.model, with_fresh_head(loaded.model, settings.method, loaded.fresh), seed=seed)
+    training = task.encode(split.train, loaded.tokenizer, max_length)
+    method = with_fresh_head(loaded.model, settings.method, loaded.fresh)
+    adapter = attach(loaded.model, method, seed=seed, calibration=_calibration(method, training, settings))
     parts = {"train": split.train, "validation": split.validation, "test": split.test}
     rows = {name: 0 if table is None else len(table) for name, table in parts.items()}
     return Run(
         RunRecord(settings, task, max_length, rows), loaded, adapter, base_numbers,
-        task.encode(split.train, loaded.tokenizer, max_length), validation, test,
+        training, validation, test,
         _example(split.train.texts(input_column(task))),
     )  # fmt: skip
+
+
+def _calibration(method: Method, training: Encoded, settings: RunSettings) -> Batches | None:
+    """Return the first batches of the training data for a method that starts from data, None for any other."""
+    if not any(part.promises().requires_calibration for part in method.parts()):
+        return None
+    loader = make_loader(training, settings.loop.batch_size, seed=settings.loop.seed)
+    return Batches(list(itertools.islice(loader, CALIBRATION_BATCHES)), lambda model, batch: model(**batch).loss)
 
 
 def read_parts(settings: RunSettings) -> tuple[AnyTask, Split]:
@@ -108,6 +122,9 @@ def read_parts(settings: RunSettings) -> tuple[AnyTask, Split]:
 
     Raises DataError for data that is missing or malformed.
     """
+    if Path(settings.data).is_file() and (settings.split != "train" or settings.data_config is not None):
+        asked = "split" if settings.split != "train" else "data_config"
+        raise SettingError(f"{asked}={getattr(settings, asked)!r}, but {settings.data} is one file; leave it out.")
     whole = _read(settings, settings.data, settings.split)
     task = make_task(settings.task, whole, settings.columns)
     shares = {name: _share(value) for name, value in (("validation", settings.validation), ("test", settings.test))}
@@ -139,14 +156,14 @@ def execute(
     `resume` continues from the newest checkpoint (from the beginning where there is none); `overwrite` removes the run
     that is there. Only the main process of several writes. Raises TrimtabError; what was written before stays.
     """
-    state = require("accelerate", "hf").PartialState()
+    processes = current_processes()
     if resume:
         _check_same(read_record(folder), run.record)
-    if state.is_main_process:
+    if processes.is_main:
         if overwrite and not resume:
             clear(folder)
         write_record(folder, run.record)
-    state.wait_for_everyone()
+    processes.meet()
     result = train(
         run.loaded.model,
         run.adapter,
@@ -158,8 +175,8 @@ def execute(
         resume=resume and newest_checkpoint(folder) is not None,
         on_progress=on_progress,
     )
-    report = _report(run, result, folder / FILE_NAME)
-    if state.is_main_process:
+    report = _report(run, result, folder / FILE_NAME, processes)
+    if processes.is_main:
         write_record(folder, dataclasses.replace(run.record, report=dataclasses.asdict(report)))
     return report
 
@@ -220,12 +237,12 @@ def _check_same(stored: RunRecord, asked: RunRecord) -> None:
         )
 
 
-def _report(run: Run, result: TrainingResult, file: Path) -> RunReport:
+def _report(run: Run, result: TrainingResult, file: Path, processes: Processes) -> RunReport:
     settings, task = run.record.settings, run.record.task
     metrics, baseline = result.best, None
     held_out = run.test or run.validation
     if held_out is not None:
-        loader = make_loader(held_out, settings.loop.batch_size, shuffle=False)
+        loader = make_loader(held_out, settings.loop.batch_size, shuffle=False, processes=processes)
         metrics = task.evaluate(run.loaded.model, loader) if held_out is run.test else metrics
         baseline = _baseline(run.loaded.model, run, loader)
     return RunReport(

@@ -83,10 +83,10 @@ def make_run_settings(method: Method, options: Mapping[str, object]) -> RunSetti
         if name not in types:
             raise SettingError(f"training has no setting {name!r}.{suggestion(name, types)}")
         _check_type(name, value, types[name])
-    for name, example in (("model", "minilm"), ("data", "train.csv")):
-        if name not in options:
+    for name, example in (("model", "minilm"), ("data", "train.csv"), ("validation", "0.1"), ("test", "0")):
+        if name not in options and name in ("model", "data"):
             raise SettingError(f"no {name} was given; for example: trimtab train minilm train.csv --method LoRA")
-        if not options[name]:
+        if name in options and not options[name]:
             raise SettingError(f"{name}={options[name]!r} is empty; give for example {example!r}.")
     loop: dict[str, Any] = {"lr": default_learning_rate(method)}
     loop |= {name: value for name, value in options.items() if name in _LOOP_NAMES}

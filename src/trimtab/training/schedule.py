@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from trimtab.errors import SettingError
+from trimtab.errors import SettingError, suggestion
 from trimtab.training.batches import BatchOrder
 
 _ABOVE_ZERO = (
     "lr", "steps", "epochs", "batch_size", "accumulation", "clip", "evaluate_every", "checkpoint_every",
 )  # fmt: skip
+_LARGEST = 1e12  # beyond it a run would never end, and optimizers compute with infinities
+SCHEDULES = ("linear", "cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,19 @@ class LoopSettings:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise SettingError(f"give either steps or epochs; found steps={self.steps!r}, epochs={self.epochs!r}.")
-        if self.schedule not in ("linear", "cosine", "constant"):
-            raise SettingError(f"schedule={self.schedule!r}; choose one of linear, cosine, constant.")
+        if self.schedule not in SCHEDULES:
+            near = suggestion(self.schedule, SCHEDULES)
+            raise SettingError(f"schedule={self.schedule!r}; choose one of {', '.join(SCHEDULES)}.{near}")
         if not 0 <= self.warmup < 1:
             raise SettingError(f"warmup={self.warmup!r}; it is a share of the steps, from 0 to below 1.")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise SettingError(f"weight_decay={self.weight_decay!r}; it must be a number from 0.")
+        if not 0 <= self.weight_decay <= _LARGEST:
+            raise SettingError(f"weight_decay={self.weight_decay!r}; it must be a number from 0 to {_LARGEST:g}.")
+        if not 0 <= self.seed < 2**64:
+            raise SettingError(f"seed={self.seed!r}; it must be a whole number from 0 to 2**64 - 1.")
         for name in _ABOVE_ZERO:
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise SettingError(f"{name}={value!r}; it must be a number above 0.")
+            if value is not None and not 0 < value <= _LARGEST:
+                raise SettingError(f"{name}={value!r}; it must be a number above 0 and at most {_LARGEST:g}.")
 
 
 @dataclass(frozen=True)

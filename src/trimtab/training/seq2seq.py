@@ -8,11 +8,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.errors import DataError, require
+from trimtab.extras import require
 from trimtab.training.batches import Loader
 from trimtab.training.columns import SOURCE, TARGET, find_column
 from trimtab.training.encoding import IGNORED, Encoded, Tokens, make_encoded, tokenize
-from trimtab.training.metrics import Metrics, check_finite, evaluating, wilson_interval
+from trimtab.training.errors import DataError
+from trimtab.training.metrics import Metrics, evaluating, sum_finite, wilson_interval
 from trimtab.training.table import Table
 
 
@@ -59,20 +60,20 @@ class Seq2Seq:
 
         Texts are compared with their whitespace normalised; a target that was cut in encoding cannot match.
         """
-        total, count, matches = 0.0, 0, 0
         encoded = loader.encoded
         with evaluating(model) as device:
-            for index, rows in enumerate(loader.order.batches(0)):
-                batch = {key: value.to(device) for key, value in encoded.collate(rows).items()}
-                labels = batch["labels"]
-                total += check_finite(target_loss(model(**batch).logits, labels), index)
-                count += self.loss_terms(labels)
+
+            def measure(rows: tuple[int, ...], given: dict[str, Tensor]) -> tuple[float, int, int]:
+                batch = {key: value.to(device) for key, value in given.items()}
+                loss = float(target_loss(model(**batch).logits, batch["labels"]))
                 written = encoded.decode(_generate(model, batch))
-                matches += sum(
-                    _normalised(text) == _normalised(encoded.references[row])
-                    for text, row in zip(written, rows, strict=True)
-                )
-        values = {"loss": total / count, "exact_match": matches / len(encoded)}
+                pairs = zip(written, rows, strict=True)
+                hits = sum(_normalised(text) == _normalised(encoded.references[row]) for text, row in pairs)
+                return loss, self.loss_terms(batch["labels"]), hits
+
+            losses, counts, hits = zip(*loader.measure(measure), strict=True)
+        matches = sum(hits)
+        values = {"loss": sum_finite(losses) / sum(counts), "exact_match": matches / len(encoded)}
         return Metrics("loss", False, values, len(encoded), {"exact_match": wilson_interval(matches, len(encoded))})
 
     def baseline(self, train: Encoded, loader: Loader, base: nn.Module) -> Metrics:

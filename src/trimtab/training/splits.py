@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trimtab.errors import DataError, SettingError
+from trimtab.errors import SettingError
 from trimtab.training.batches import shuffled
+from trimtab.training.errors import DataError
 from trimtab.training.table import Table
 
 

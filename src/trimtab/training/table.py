@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from trimtab.errors import DataError, suggestion
+from trimtab.errors import suggestion
+from trimtab.training.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from trimtab.errors import DataError, SettingError, suggestion
+from trimtab.errors import SettingError, suggestion
 from trimtab.training.batches import Loader
 from trimtab.training.causal_lm import CausalLM
 from trimtab.training.classification import Classification
 from trimtab.training.encoding import Encoded
+from trimtab.training.errors import DataError
 from trimtab.training.metrics import Metrics
 from trimtab.training.seq2seq import Seq2Seq
 from trimtab.training.table import Table

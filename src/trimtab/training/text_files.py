@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from trimtab.errors import DataError
+from trimtab.training.errors import DataError
 from trimtab.training.table import Table
 
 
@@ -19,6 +19,10 @@ def read_delimited(path: Path, *, delimiter: str, quoted: bool, header: Sequence
     is an ordinary character, as in tab-separated files. Blank lines are no rows.
     Raises DataError naming the line for a wrong number of fields, a broken quote or a bad header.
     """
+    if len(delimiter) != 1 or delimiter in '"\r\n':
+        raise DataError(
+            f"{path}: delimiter={delimiter!r} is no single character, or ends fields anyway; give ',' or ';'."
+        )
     records = _records(path, delimiter, quoted)
     if header is None:
         first_line, names = next(records, (0, []))
@@ -99,9 +103,13 @@ def _records(path: Path, delimiter: str, quoted: bool) -> Iterator[tuple[int, li
                 yield line, fields
             line = reader.line_num + 1
     except csv.Error as error:
+        trouble, advice = str(error), 'A quote inside a quoted field is written twice ("say ""yes"""), and each opening'
+        if "field limit" in trouble:
+            trouble = f"a field is longer than {csv.field_size_limit():,} characters"
+            advice = "Keep such texts in JSON Lines; or a quote is missing: each opening"
         raise DataError(
-            f"{path}, line {line}: the record that starts here is not valid: {error}. A quote inside a quoted field "
-            'is written twice ("say ""yes"""), and each opening quote needs a closing one.'
+            f"{path}, line {line}: the record that starts here is not valid: {trouble}. {advice} quote needs a closing "
+            "one."
         ) from error
 
 

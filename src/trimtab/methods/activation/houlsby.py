@@ -9,8 +9,9 @@ from torch import Tensor
 
 from trimtab.kinds.activation import ActivationLeaf, ActivationMethod, ActivationSite
 from trimtab.kinds.bottleneck import NOT_MERGEABLE, Activation, bottleneck, bottleneck_tensors
+from trimtab.kinds.composition import make_method, weakest
 from trimtab.kinds.initial import truncated_normal
-from trimtab.method import Capabilities, Method, Spec, Targets, make_method, setting
+from trimtab.method import Capabilities, Method, Spec, Targets, setting
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,19 @@ class HoulsbyAdapter(ActivationMethod):
 
     bottleneck: int = setting(64, "width m of the bottleneck; the paper tries 8, 64 and 256", minimum=1)
     activation: Activation = setting("gelu", "activation function in the bottleneck")
-    deviation: float = setting(1e-3, "standard deviation of the initial matrices", above=0.0)
+    deviation: float = setting(1e-3, "standard deviation of the initial matrices", above=0.0, maximum=100.0)
     train_norms: bool = setting(True, "also train every norm of the model, as the paper does")
     targets: Targets = setting("attention-output | feed-forward", "modules whose output is adapted")
 
-    capabilities = Capabilities(
-        starts_at_base="approximate", merge="none", merge_reason=NOT_MERGEABLE, per_sample_gradients=True
-    )
+    capabilities = Capabilities(starts_at_base="approximate", merge="none", merge_reason=NOT_MERGEABLE)
 
     def parts(self) -> tuple[Method, ...]:
         if not self.train_norms:
             return (self,)
         return replace(self, train_norms=False), make_method("LNTuning", {"targets": "norm"})
+
+    def promises(self) -> Capabilities:
+        return weakest(self.parts()) if self.train_norms else self.capabilities
 
     def tensors(self, site: ActivationSite) -> dict[str, Spec]:
         return bottleneck_tensors(site, self.bottleneck)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from trimtab.errors import TargetError
 from trimtab.kinds.activation import ActivationLeaf, ActivationMethod, ActivationSite, module_paths, site_at
+from trimtab.kinds.placement import named_roles
 from trimtab.method import Capabilities, Spec, Targets, setting
 from trimtab.quantized import at_least_single, is_transposed
 from trimtab.structure import Structure
-from trimtab.targets import named_roles
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ class IA3(ActivationMethod):
     )
     targets: Targets = setting("key | value | mlp-output", "modules whose output (or input) is scaled")
 
-    capabilities = Capabilities(
-        starts_at_base="exact", merge="exact", linear_in_parameters=True, additive=False, per_sample_gradients=True
-    )
+    capabilities = Capabilities(starts_at_base="exact", merge="exact", linear_in_parameters=True, additive=False)
 
     def sites(self, structure: Structure, targets: Targets) -> list[ActivationSite]:
         at_input = {path for part in structure.feed_forwards for path in part.outputs}

@@ -39,22 +39,22 @@ class LoFiT(ActivationMethod):
     stage: Literal["scale", "offset"] = setting("scale", "scale all heads to select some, or offset the selected ones")
     heads: tuple[tuple[str, int], ...] = setting((), "stage 'offset': (output projection, head) pairs of select_heads")
     penalty_weight: float = setting(5e-4, "weight λ of Σ|A| in stage 'scale'", minimum=0.0)
-    deviation: float = setting(1e-3, "standard deviation of the initial numbers; 0: start at the base", minimum=0.0)
+    deviation: float = setting(1e-3, "standard deviation at the start; 0: the base itself", minimum=0.0, maximum=100.0)
     head_size: int | None = setting(None, "width d_h of a head; None: as the attention module records it", minimum=1)
     targets: Targets = setting("attention-output", "output projections of the attentions")
 
     capabilities = Capabilities(
-        starts_at_base="approximate",
-        merge="exact",
-        linear_in_parameters=True,
-        additive=False,
-        per_sample_gradients=True,
-        creates_bias=True,
-    )
+        starts_at_base="approximate", merge="exact", linear_in_parameters=True, additive=False, creates_bias=True,
+        requires_binding=True,
+    )  # fmt: skip
 
     def promises(self) -> Capabilities:
         start: Literal["approximate", "exact"] = "approximate" if self.deviation else "exact"
-        return replace(self.capabilities, starts_at_base=start, creates_bias=self.stage == "offset")
+        selects = self.stage == "scale"
+        return replace(
+            self.capabilities, starts_at_base=start, creates_bias=not selects,
+            requires_binding=selects and self.penalty_weight > 0.0,
+        )  # fmt: skip
 
     def validate(self) -> None:
         if (self.stage == "offset") != bool(self.heads):

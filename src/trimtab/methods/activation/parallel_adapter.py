@@ -46,9 +46,7 @@ class ParallelAdapter(ActivationMethod):
     dropout: float = setting(0.0, "dropout inside the bottleneck", minimum=0.0, maximum=0.99)
     targets: Targets = setting("feed-forward", "feed-forward parts beside which a bottleneck stands")
 
-    capabilities = Capabilities(
-        starts_at_base="exact", merge="none", merge_reason=NOT_MERGEABLE, per_sample_gradients=True
-    )
+    capabilities = Capabilities(starts_at_base="exact", merge="none", merge_reason=NOT_MERGEABLE)
 
     def promises(self) -> Capabilities:
         return self.capabilities if self.start == "lora" else replace(self.capabilities, starts_at_base="no")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import SettingError, TargetError
-from trimtab.kinds.activation import ActivationLeaf, ActivationMethod, ActivationSite, feed_forward_of
+from trimtab.kinds.activation import ActivationLeaf, ActivationMethod, ActivationSite, feed_forward_of, hidden_width
 from trimtab.kinds.bottleneck import NOT_MERGEABLE, Activation, bottleneck, bottleneck_tensors, start_normal
 from trimtab.kinds.placement import norm_behind
 from trimtab.method import Capabilities, Spec, Targets, setting
@@ -35,13 +35,11 @@ class PfeifferAdapter(ActivationMethod):
     reduction_factor: int = setting(16, "hidden width over bottleneck width", minimum=1)
     bottleneck: int | None = setting(None, "width m of the bottleneck; None: by the reduction factor", minimum=1)
     activation: Activation = setting("relu", "activation function in the bottleneck")
-    deviation: float = setting(0.02, "standard deviation of the initial matrices", above=0.0)
+    deviation: float = setting(0.02, "standard deviation of the initial matrices", above=0.0, maximum=100.0)
     norm: Literal["detect", "post", "pre"] = setting("detect", "whether the block's last norm follows the residual sum")
     targets: Targets = setting("feed-forward", "feed-forward parts behind which a bottleneck stands")
 
-    capabilities = Capabilities(
-        starts_at_base="no", merge="none", merge_reason=NOT_MERGEABLE, per_sample_gradients=True
-    )
+    capabilities = Capabilities(starts_at_base="approximate", merge="none", merge_reason=NOT_MERGEABLE)
 
     def sites(self, structure: Structure, targets: Targets) -> list[ActivationSite]:
         parts = dict.fromkeys(feed_forward_of(structure, item) for item in resolve(structure, targets))
@@ -56,9 +54,10 @@ class PfeifferAdapter(ActivationMethod):
                     f"PfeifferAdapter(norm='post'): the block {part.block!r} has no norm; use norm='pre'."
                 )
             norm = norms[-1]
+        width = hidden_width(structure, part)
         if norm is None:
-            return ActivationSite(part.block, "output", part.hidden)
-        return ActivationSite(norm, "twice", part.hidden, source=part.outputs[-1] if part.outputs else part.sink)
+            return ActivationSite(part.block, "output", width)
+        return ActivationSite(norm, "twice", width, source=part.outputs[-1] if part.outputs else part.sink)
 
     def tensors(self, site: ActivationSite) -> dict[str, Spec]:
         width = site.features // self.reduction_factor if self.bottleneck is None else self.bottleneck

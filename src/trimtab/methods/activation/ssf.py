@@ -28,7 +28,9 @@ class SSF(ActivationMethod):
     Trainable: 2·C for each place (C for RMSNorm); ViT-B/16 205,824.
     """
 
-    deviation: float = setting(0.02, "standard deviation of the initial γ − 1 and β; 0: start at the base", minimum=0.0)
+    deviation: float = setting(
+        0.02, "standard deviation of γ − 1 and β; 0: the base itself", minimum=0.0, maximum=100.0
+    )
     targets: Targets = setting("operation", "modules whose output is scaled and shifted")
 
     capabilities = Capabilities(
@@ -36,7 +38,6 @@ class SSF(ActivationMethod):
         merge="exact",
         linear_in_parameters=True,
         additive=False,
-        per_sample_gradients=True,
         creates_bias=True,
     )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trimtab.errors import SettingError
-from trimtab.method import Capabilities, Method, Spec
+from trimtab.kinds.composition import weakest
+from trimtab.method import Capabilities, Method, Spec, fits
 
 
 @dataclass(frozen=True, init=False)
@@ -21,16 +22,20 @@ class Compose(Method):
     capabilities = Capabilities(starts_at_base="exact", merge="exact")
 
     def __init__(self, *parts: Method, methods: tuple[Method, ...] = ()) -> None:
-        object.__setattr__(self, "methods", (*parts, *methods))
+        # What is no sequence is kept, so that the check of settings names it.
+        object.__setattr__(self, "methods", (*parts, *methods) if fits(methods, tuple | list) else methods)
 
     def parts(self) -> tuple[Method, ...]:
         return tuple(part for method in self.methods for part in method.parts())
+
+    def promises(self) -> Capabilities:
+        return weakest(self.parts()) if self.methods else self.capabilities
 
     def exported(self) -> Method:
         return Compose(*(method.exported() for method in self.methods))
 
     def validate(self) -> None:
-        if not self.methods:
+        if not self.parts():
             raise SettingError("Compose() needs at least one method.")
 
     def tensors(self, site: object) -> dict[str, Spec]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trimtab.errors import SettingError
-from trimtab.method import Capabilities, Method, Spec, make_method, setting
+from trimtab.kinds.composition import make_method
+from trimtab.method import Capabilities, Method, Spec, setting
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,6 @@ class MAM(Method):
         starts_at_base="no",
         merge="none",
         merge_reason="added keys and values, and a bottleneck's activation function, cannot be folded into weights",
-        routable=False,
     )
 
     def parts(self) -> tuple[Method, ...]:

@@ -44,7 +44,6 @@ class LadderSideTuning(StackMethod):
         merge_reason="a side network has no weight to be folded into",
         additive=False,
         cached_generation=False,
-        routable=False,
         checkpointing=False,
     )
 
@@ -106,4 +105,5 @@ def _mask(base: AttentionCall, query: Tensor) -> Tensor | None:
             f"the base biases each of its {mask.shape[1]} heads; the side network's width must be a multiple of that: "
             f"choose a smaller reduction."
         )
-    return mask.to(query.dtype)
+    # The least number of a wider type would become -inf, and a row that sees nothing then not a number.
+    return mask.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)

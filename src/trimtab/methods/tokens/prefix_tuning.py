@@ -34,7 +34,7 @@ class PrefixTuning(AttentionMethod):
     """
 
     length: int = setting(30, "number of prefix positions", minimum=1)
-    deviation: float = setting(0.02, "standard deviation of the initial direct tables", minimum=0.0)
+    deviation: float = setting(0.02, "standard deviation of the initial direct tables", minimum=0.0, maximum=100.0)
     hidden: int | None = setting(None, "width of the network that makes the tables; None: direct tables", minimum=1)
     targets: Targets = setting("attention-core", "attentions to prepend to")
 
@@ -42,8 +42,6 @@ class PrefixTuning(AttentionMethod):
         starts_at_base="no",
         merge="none",
         merge_reason="added keys and values have no weight to be folded into",
-        linear_in_parameters=True,
-        routable=False,
     )
 
     def tensors(self, site: AttentionSite) -> dict[str, Spec]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.kinds.initial import lora_start
 from trimtab.kinds.lowrank import add_update, lora_scale
+from trimtab.kinds.rescaling import rescale
 from trimtab.kinds.weight import Factors, ParameterSite, WeightLeaf, WeightMethod, reference_update
 from trimtab.method import Capabilities, Spec, Targets, frozen, setting
 
@@ -83,8 +83,7 @@ class DoRA(WeightMethod):
     def _rescaled(self, leaf: WeightLeaf, y: Tensor) -> Tensor:
         """Scale all of an output but its bias; written as a difference, so that the start is the base exactly."""
         axis, ratio = leaf.site.layout.axis, _ratio(leaf, self._squared_norm(leaf)).flatten()
-        output: Tensor = _Rescaled.apply(y.movedim(axis, -1), ratio, leaf.bias())  # type: ignore[no-untyped-call]
-        return output.movedim(-1, axis)
+        return rescale(y.movedim(axis, -1), ratio, leaf.bias()).movedim(-1, axis)
 
     def _squared_norm(self, leaf: WeightLeaf) -> Tensor:
         A, B = leaf.A, leaf.B
@@ -98,23 +97,3 @@ class DoRA(WeightMethod):
 def _ratio(leaf: WeightLeaf, squared_norm: Tensor) -> Tensor:
     """Return m/‖·‖ (*lead, out); a row of zeros stays one instead of becoming 0/0."""
     return leaf.magnitude / squared_norm.clamp_min(torch.finfo(squared_norm.dtype).tiny).sqrt()
-
-
-class _Rescaled(torch.autograd.Function):
-    """y + (ratio − 1)·(y − bias) for y (..., out); keeps its output, which the next operation often keeps too."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, ratio: Tensor, bias: Tensor | None) -> Tensor:
-        output = ((ratio - 1.0) * (y if bias is None else y - bias)).to(y.dtype).add_(y)
-        ctx.save_for_backward(output, ratio, bias)
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        output, ratio, bias = ctx.saved_tensors
-        axes = tuple(range(grad.dim() - 1))
-        scaled = (grad * (output if bias is None else output - bias)).sum(axes, dtype=ratio.dtype)
-        grad_ratio = torch.where(ratio == 0.0, 0.0, scaled / ratio)  # zero only for rows of zeros, which never learn
-        grad_bias = (grad * (1.0 - ratio)).sum(axes).to(grad.dtype) if ctx.needs_input_grad[2] else None
-        return (grad * ratio).to(grad.dtype), grad_ratio, grad_bias

@@ -35,9 +35,7 @@ class LoRA(WeightMethod):
     initial: Literal["kaiming", "gaussian"] = setting("kaiming", "distribution of A: uniform, or N(0, 1/r²)")
     targets: Targets = setting("all-linear", "places to adapt")
 
-    capabilities = Capabilities(
-        starts_at_base="exact", merge="exact", linear_in_parameters=False, per_sample_gradients=True
-    )
+    capabilities = Capabilities(starts_at_base="exact", merge="exact", linear_in_parameters=False)
 
     @property
     def scale(self) -> float:

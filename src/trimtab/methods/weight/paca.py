@@ -8,13 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from trimtab.errors import SettingError, TargetError
-from trimtab.kinds.layouts import ConvolutionLayout
+from trimtab.kinds.layouts import ConvolutionLayout, index_dtype
 from trimtab.kinds.lowrank import accumulate, lora_scale
+from trimtab.kinds.transforms import transformed
 from trimtab.kinds.weight import ParameterSite, WeightLeaf, WeightMethod, refuse_embedding
-from trimtab.method import Capabilities, Spec, Targets, frozen, index_dtype, setting
+from trimtab.method import Capabilities, Spec, Targets, frozen, setting
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,13 @@ class PaCA(WeightMethod):
 
     def fused(self, leaf: WeightLeaf, x: Tensor) -> Tensor:
         target: Any = leaf.target
-        return _with_columns(x, None, target.weight, target.bias, leaf.change, leaf.index, self.scale)
+        return _WithColumns.apply(x, None, target.weight, target.bias, leaf.change, leaf.index, self.scale)  # type: ignore[no-any-return,no-untyped-call]
 
     def forward(self, leaf: WeightLeaf, x: Tensor, y: Tensor) -> Tensor:
-        return _with_columns(x, y, None, None, leaf.change, leaf.index, self.scale)
-
-
-def _with_columns(*arguments: Any) -> Tensor:
-    return _WithColumns.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
+        if transformed():
+            selected = x.index_select(-1, leaf.index.view(-1).long()).to(leaf.change.dtype)  # (tokens, r)
+            return y + self.scale * F.linear(selected, leaf.change).to(y.dtype)
+        return _WithColumns.apply(x, y, None, None, leaf.change, leaf.index, self.scale)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _WithColumns(torch.autograd.Function):
@@ -102,7 +101,7 @@ class _WithColumns(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         selected, weight, change, index, whole = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)

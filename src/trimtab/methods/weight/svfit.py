@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import SettingError
+from trimtab.kinds.spectrum import SpectralSite, spectral_site, terms_for_energy
 from trimtab.kinds.weight import Factors, ParameterSite, WeightLeaf, WeightMethod
 from trimtab.method import Capabilities, Spec, Targets, frozen, setting
-from trimtab.quantized import dense_weight
 from trimtab.structure import Structure
-
-
-@dataclass(frozen=True)
-class _SpectralSite(ParameterSite):
-    """A weight and the number of its leading singular values that hold the wanted energy."""
-
-    leading: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,11 +43,15 @@ class SVFit(WeightMethod):
 
     def sites(self, structure: Structure, targets: Targets) -> list[ParameterSite]:
         found = super().sites(structure, targets)
-        return found if self.energy is None else [_spectral_site(structure, site, self.energy) for site in found]
+        if (energy := self.energy) is None:
+            return found
+        asked = f"SVFit(energy={energy})"
+        choose = partial(terms_for_energy, energy=energy)
+        return [spectral_site(structure, site, asked, lambda weight: weight, choose) for site in found]
 
     def tensors(self, site: ParameterSite) -> dict[str, Spec]:
-        if isinstance(site, _SpectralSite):
-            rank = site.leading
+        if isinstance(site, SpectralSite):
+            rank = site.terms
         else:
             rank = min(site.in_features, site.out_features) if self.rank is None else site.rank(self.rank)
         return {
@@ -78,19 +75,3 @@ class SVFit(WeightMethod):
 
     def factors(self, leaf: WeightLeaf) -> Factors:
         return Factors(leaf.Vh, leaf.U, middle=leaf.s - leaf.start)
-
-
-def _spectral_site(structure: Structure, site: ParameterSite, energy: float) -> _SpectralSite:
-    weight = dense_weight(structure.modules[site.path], site.parameter)
-    if weight.is_meta:
-        raise SettingError(
-            f"SVFit(energy={energy}) chooses its ranks from the weights, and {str(site)!r} has none on the meta "
-            f"device; load the weights, or give a rank."
-        )
-    with torch.no_grad():
-        squares = torch.linalg.svdvals(site.layout.matrix(weight).double()).square()
-    shares = squares.cumsum(-1) / squares.sum(-1, keepdim=True).clamp_min(torch.finfo(squares.dtype).tiny)
-    short = (shares < energy * (1.0 - 1e-12)).sum(-1)  # a share of one is reached but for rounding
-    leading = min(int(short.max()) + 1, squares.shape[-1])
-    fields = {field.name: getattr(site, field.name) for field in dataclasses.fields(site)}
-    return _SpectralSite(**fields, leading=leading)

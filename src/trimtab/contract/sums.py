@@ -1,0 +1,105 @@
+"""Whether the changes of two adapters at one place add up, and whether that has a meaning."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.adapter import Adapter
+from trimtab.contract.case import (
+    ROUNDING,
+    Case,
+    NotApplicable,
+    attached,
+    capabilities_of,
+    difference,
+    expect_near,
+    require_weight_kind,
+    trained,
+)
+from trimtab.contract.weights import (
+    LINEAR,
+    calls_of,
+    effective_parameters,
+    own_leaves,
+    require_plain_products,
+    substitute,
+)
+from trimtab.kinds.activation import ActivationLeaf
+from trimtab.kinds.weight import WeightLeaf, WeightMethod
+from trimtab.method import Method
+from trimtab.quantized import dense_weight, is_packed
+from trimtab.storage import load
+
+
+def changes_add_up(method: Method, case: Case) -> None:
+    """Two adapters at one site change it by the sum of their changes."""
+    model = case.build()
+    with tempfile.TemporaryDirectory() as folder:
+        apart = [trained(case, method, name, seed, steps=3 + seed) for seed, name in enumerate(("a", "b"))]
+        files = [adapter.save(Path(folder) / f"{adapter.name}.safetensors") for adapter in apart]
+        first, second = (load(model, file) for file in files)
+    if case.rounding > ROUNDING:
+        raise NotApplicable("what is left of a sum is lost in this model's rounding")
+    if all(isinstance(part, WeightMethod) for part in method.parts()):
+        expect_sum(method, case, (first, second), case.output(model))
+        return
+    calls = calls_of(first, case)
+    pairs = zip(first.leaves(), second.leaves(), strict=True)
+    for one, two in ((one, two) for one, two in pairs if calls.get(one)):
+        if not isinstance(one, ActivationLeaf):
+            raise NotApplicable("what the leaf acts on is not one tensor")
+        hidden, *rest = calls[one][0]
+        alone = one(hidden, *rest), two(hidden, *rest)
+        expect_near("the changes of two", two(alone[0], *rest) - hidden, alone[0] + alone[1] - 2 * hidden, ROUNDING)
+
+
+def expect_sum(method: Method, case: Case, both: tuple[Adapter, Adapter], together: Tensor) -> None:
+    """Two adapters of a weight method together give the output of the plain model with W plus both changes."""
+    require_weight_kind(method)
+    require_plain_products(case)
+    if capabilities_of(method).input_dependent:
+        return
+    plain = case.build()
+    with torch.no_grad():
+        values = [effective_parameters(adapter) for adapter in both]
+        joined = {}
+        for path, name in values[0]:
+            stored = plain.get_submodule(path)._parameters[name]
+            base = 0.0 if stored is None else dense_weight(plain.get_submodule(path), name)
+            joined[path, name] = values[0][path, name] + values[1][path, name] - base
+        substitute(plain, joined)
+    changed = "two adapters together against the sum of their changes"
+    expect_near(changed, together, case.output(plain), case.rounding)
+
+
+def follows_the_weight(method: Method, case: Case) -> bool:
+    """Say whether a weight method's change is another one for another base weight: two such changes have no sum."""
+    one = trained(case, method)
+    if not all(
+        isinstance(leaf, WeightLeaf) and not is_packed(leaf.holder, leaf.site.parameter) for leaf in own_leaves(one)
+    ):
+        return False
+    other = attached(dataclasses.replace(case, build=partial(_twice, case.build)), method)
+    with torch.no_grad():
+        for (_, value), (_, target) in zip(one.named_parameters(), other.named_parameters(), strict=True):
+            target.copy_(value)
+        first, second = (
+            [leaf.method.weight(leaf, leaf.weight()) - leaf.weight() for leaf in own_leaves(adapter)]
+            for adapter in (one, other)
+        )
+    return any(difference(changed, change) > LINEAR for change, changed in zip(first, second, strict=True))
+
+
+def _twice(build: Callable[[], nn.Module]) -> nn.Module:
+    model = build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    return model
