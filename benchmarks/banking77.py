@@ -27,7 +27,10 @@ from trimtab.training.splits import split_table
 from trimtab.training.table import Table
 from trimtab.training.tasks import make_task
 
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "banking77.json"
 BATCH, EPOCHS, WARMUP, LENGTH = 32, 2, 0.06, 64
+TRAINING_ROWS, TEST_ROWS = 10_003, 3_080
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/banking77.json"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--search", action="store_true")
     parser.add_argument("--write", action="store_true", help="write the table to docs/banking77.md")
     options = parser.parse_args()
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     train, test = read_table(options.folder / "train.csv"), read_table(options.folder / "test.csv", split="test")
+    if (len(train), len(test)) != (TRAINING_ROWS, TEST_ROWS):
+        raise SystemExit(
+            f"the release has {TRAINING_ROWS:,} and {TEST_ROWS:,} rows, found {len(train)} and {len(test)}"
+        )
     if options.search:
         split = split_table(train, validation=0.1, seed=0, label="category")
         jobs = [
@@ -121,19 +128,21 @@ def main() -> None:
             write_atomically(options.results, (json.dumps(results, indent=1) + "\n").encode())
         print(key, results[key], flush=True)
     if options.write:
-        write_atomically(Path("docs/banking77.md"), table(results, options.seeds, len(test)).encode())
+        write_atomically(ROOT / "docs" / "banking77.md", page(results).encode())
 
 
-def table(results: dict[str, dict[str, float]], seeds: list[int], rows: int) -> str:
-    """Return the page with mean accuracy over the seeds and its 95 % interval (normal, over seeds and test rows)."""
+def page(results: dict[str, dict[str, float]]) -> str:
+    """Return docs/banking77.md: mean accuracy over the seeds, its 95 % interval (normal, over seeds and test rows)."""
+    seeds = sorted({int(key.rsplit("/", 1)[1]) for key in results if not key.startswith("search/")})
     lines = [
         "# Banking77: LoRA against full fine-tuning",
         "",
-        f"MiniLM-L6 (22.7M parameters), 77 intents, 10,003 training and {rows:,} test messages, {EPOCHS} epochs, batch",
-        f"{BATCH}, AdamW, linear schedule, seeds {', '.join(map(str, seeds))}. The interval covers the sampling of the",
-        "test messages and the spread over seeds. Written by",
-        "`python benchmarks/banking77.py FOLDER --seeds " + " ".join(map(str, seeds)) + f" --write` on {date.today()}.",
-        "The learning rates come from `--search`: equal budget for each, a validation split of the training data.",
+        f"MiniLM-L6 (22.7M parameters), 77 intents, {TRAINING_ROWS:,} training and {TEST_ROWS:,} test messages,",
+        f"{EPOCHS} epochs, batch {BATCH}, AdamW, linear schedule, seeds {', '.join(map(str, seeds))}. The interval",
+        "covers the sampling of the test messages and the spread over seeds. The learning rates come from `--search`:",
+        f"equal budget for each, a validation split of the training data. Written on {date.today()}.",
+        "",
+        "Measured with: `python benchmarks/banking77.py FOLDER --seeds " + " ".join(map(str, seeds)) + " --write`",
         "",
         "| method | trainable | learning rate | accuracy | 95 % interval | each seed | seconds |",
         "|---|---|---|---|---|---|---|",
@@ -143,7 +152,7 @@ def table(results: dict[str, dict[str, float]], seeds: list[int], rows: int) -> 
         values = [entry["accuracy"] for entry in found]
         mean = statistics.fmean(values)
         spread = statistics.variance(values) / len(values) if len(values) > 1 else 0.0
-        half = 1.96 * (spread + mean * (1 - mean) / rows) ** 0.5
+        half = 1.96 * (spread + mean * (1 - mean) / TEST_ROWS) ** 0.5
         each = ", ".join(f"{100 * value:.1f}" for value in values)
         cost = statistics.fmean(entry["seconds"] for entry in found)
         lines.append(

@@ -176,10 +176,14 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def conditions() -> str:
     """Return date, commit, versions and processor, for a table's caption."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
-    changed = " with uncommitted changes" if _git("status", "--porcelain", "src") else ""
-    commit = _git("rev-parse", "--short", "HEAD")
     python = platform.python_version()
-    return f"{date.today()}, commit {commit}{changed}; Python {python}, {packages}; {processor()}"
+    return f"{date.today()}, commit {commit()}; Python {python}, {packages}; {processor()}, one thread used"
+
+
+def commit() -> str:
+    """Return the short name of the commit, and whether the sources differ from it."""
+    changed = " with uncommitted changes" if _git("status", "--porcelain", "src") else ""
+    return _git("rev-parse", "--short", "HEAD") + changed
 
 
 def _git(*arguments: str) -> str:
@@ -190,4 +194,4 @@ def processor() -> str:
     """Return the processor's name and number of cores."""
     facts = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in facts if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {len(names) or '?'} cores, one thread used"
+    return f"{names[0] if names else platform.machine()}, {len(names) or '?'} cores"

@@ -2,14 +2,16 @@
 
     python benchmarks/many_adapters.py --repeats 9 --rounds 25 --write
 
-Ratios within one process, on one thread, beside huggingface/peft on the same random Llamas. `--write` puts the table
-into docs/performance.md. Ends with status 1 if a budget is broken.
+Ratios within one process, on one thread, beside huggingface/peft on the same random Llamas. `--write` keeps the figures
+in benchmarks/results/many_adapters.json and puts their table into docs/performance.md. Ends with status 1 if a budget
+is broken.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import sys
 import time
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from common import (
     LAYERS,
+    ROOT,
     conditions,
     markdown,
     median_ratio,
@@ -31,7 +34,10 @@ from common import (
 from torch import nn
 
 import trimtab as tt
+from trimtab.adapter_file import write_atomically
 
+RESULTS = ROOT / "benchmarks" / "results" / "many_adapters.json"
+SECTION = "many adapters"
 ATTACHED, ROUTED, ATTACH_LIMIT, ROUTE_LIMIT = 60, 8, 1.2, 1.5
 ATTACH_LAYERS, ATTACH_WIDTH, ROUTE_WIDTH = 8, 64, 256
 
@@ -108,6 +114,17 @@ def route_ratios(length: int, rounds: int) -> tuple[float, float]:
     return median_ratio(seconds["eight"], seconds["one"]), median_ratio(seconds["peft eight"], seconds["peft one"])
 
 
+def section(results: dict[str, Any]) -> str:
+    """Return the table of what was measured, with the conditions it was measured under."""
+    cells = [[text, f"{own:.2f}", f"{other:.2f}", f"{limit:.1f}"] for text, own, other, limit in results["rows"]]
+    caption = (
+        f"Attach: LoRA of rank 8 on all linear layers of a random Llama of {ATTACH_LAYERS} layers, width "
+        f"{ATTACH_WIDTH}, median over {results['repeats']} fresh models. Batch: inference on {LAYERS} layers, width "
+        f"{ROUTE_WIDTH}, median over {results['rounds']} rounds.\n\n{results['conditions']}."
+    )
+    return f"{markdown(['', 'Trimtab', 'peft', 'budget'], cells)}\n\n{caption}"
+
+
 def main() -> int:
     """Measure, print, and write where asked; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -116,21 +133,16 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [("sixtieth attach / first", attach_ratios(arguments.repeats), ATTACH_LIMIT)]
+    rows = [("sixtieth attach / first", *attach_ratios(arguments.repeats), ATTACH_LIMIT)]
     for length in (16, 128):
         text = f"eight adapters in a batch of 8×{length} tokens / one adapter"
-        rows.append((text, route_ratios(length, arguments.rounds), ROUTE_LIMIT))
-    cells = [[text, f"{own:.2f}", f"{other:.2f}", f"{limit:.1f}"] for text, (own, other), limit in rows]
-    table = markdown(["", "Trimtab", "peft", "budget"], cells)
-    caption = (
-        f"Attach: LoRA of rank 8 on all linear layers of a random Llama of {ATTACH_LAYERS} layers, width "
-        f"{ATTACH_WIDTH}, median over {arguments.repeats} fresh models. Batch: inference on {LAYERS} layers, width "
-        f"{ROUTE_WIDTH}, median over {arguments.rounds} rounds.\n\n{conditions()}."
-    )
-    print(table)
+        rows.append((text, *route_ratios(length, arguments.rounds), ROUTE_LIMIT))
+    results = {"repeats": arguments.repeats, "rounds": arguments.rounds, "rows": rows, "conditions": conditions()}
+    print(section(results))
     if arguments.write:
-        write_section("many adapters", f"{table}\n\n{caption}")
-    return 0 if all(own <= limit for _, (own, _), limit in rows) else 1
+        write_atomically(RESULTS, (json.dumps(results, indent=1) + "\n").encode())
+        write_section(SECTION, section(results))
+    return 0 if all(own <= limit for _, own, _, limit in rows) else 1
 
 
 if __name__ == "__main__":

@@ -5,16 +5,19 @@
 The floor trains only the first norm: forward and the full gradient of the activations, but no gradient of a weight.
 Every contender trains a copy of one random Llama on one batch, in one process, on one thread; each round runs one step
 of each in a new random order and is compared with the floor's step of the same round. Reported is the median over the
-rounds. `--write` puts the tables into docs/performance.md. Ends with status 1 if a budget is broken.
+rounds. `--write` keeps the figures in benchmarks/results/speed.json and puts their tables into docs/performance.md.
+Ends with status 1 if a budget is broken.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from common import (
@@ -22,6 +25,7 @@ from common import (
     HEADS,
     LAYERS,
     LENGTH,
+    ROOT,
     VOCABULARY,
     Contender,
     conditions,
@@ -41,7 +45,10 @@ from common import (
 from torch import nn
 
 import trimtab as tt
+from trimtab.adapter_file import write_atomically
 
+RESULTS = ROOT / "benchmarks" / "results" / "speed.json"
+SECTION = "speed"
 FLOOR = "frozen floor"
 
 
@@ -146,14 +153,20 @@ def verdicts(width: int, figures: dict[str, Figures]) -> Iterator[tuple[bool, st
         yield found <= budget.limit, f"width {width}: {text}"
 
 
-def caption() -> str:
-    """Return what was measured and under which conditions."""
-    return (
+def section(results: dict[str, Any]) -> str:
+    """Return the tables of what was measured, with the conditions it was measured under."""
+    tables = [
+        report(int(width), results["rounds"], {name: Figures(**values) for name, values in figures.items()})
+        for width, figures in results["widths"].items()
+    ]
+    caption = (
         f"A random Llama ({LAYERS} layers, {HEADS} heads, vocabulary {VOCABULARY}), batch {BATCH}×{LENGTH}, float32, "
         f"AdamW; LoRA, DoRA and PaCA of rank 8 on all linear layers but the head. Median over rounds of the ratio to "
         f"the floor's step in the same round, processor time; ± is half the width of the middle half of the rounds. "
-        f"Saved: distinct storages kept for the backward pass, without parameters and buffers.\n\n{conditions()}."
+        f"Saved: distinct storages kept for the backward pass, without parameters and buffers.\n\n"
+        f"{results['conditions']}."
     )
+    return "\n\n".join([*tables, caption])
 
 
 def main() -> int:
@@ -165,15 +178,17 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    tables, lines = [], []
+    results: dict[str, Any] = {"rounds": arguments.rounds, "widths": {}, "conditions": conditions()}
+    lines = []
     for width in arguments.widths:
         figures = measure(width, arguments.rounds, arguments.only)
-        tables.append(report(width, arguments.rounds, figures))
-        print(tables[-1], "\n", flush=True)
+        print(report(width, arguments.rounds, figures), "\n", flush=True)
+        results["widths"][str(width)] = {name: asdict(each) for name, each in figures.items()}
         lines += list(verdicts(width, figures))
     print("\n".join(text for _, text in lines))
     if arguments.write:
-        write_section("speed", "\n\n".join([*tables, caption()]))
+        write_atomically(RESULTS, (json.dumps(results, indent=1) + "\n").encode())
+        write_section(SECTION, section(results))
     return 0 if all(holds for holds, _ in lines) else 1
 
 

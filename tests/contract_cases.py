@@ -11,7 +11,8 @@ import transformers
 from torch import Tensor, nn
 
 from trimtab.check import Case
-from zoo import ZOO, ZooModel
+from trimtab.contract.case import ROUNDING
+from zoo import STORED, ZOO, ZooModel
 
 # Places that "all-linear" leaves out, each as a case of its own.
 FURTHER_TARGETS = {
@@ -19,14 +20,21 @@ FURTHER_TARGETS = {
     "cnn": "convolution",
     "tied_embedding": "all-linear | embedding",
     "llama": "all-linear | embedding | head",
+    "cnn_1d": "all-linear | convolution",
+    "cnn_3d": "all-linear | convolution",
+    "gru": "all-linear | recurrent:weight_ih_l0 | recurrent:weight_hh_l1_reverse",
+    "lstm": "all-linear | recurrent:weight_ih_l0 | recurrent:weight_hh_l1_reverse",
+    "raw_parameters": "all-linear | :mixing | :channel",
 }
+# How far two ways to compute one output lie apart, as a share of the largest output: bfloat16 has three digits.
+ROUNDING_OF = {"llama_bf16": 0.03}
 NEW_TOKENS = 4
 
 
 @cache
 def pristine(name: str) -> ZooModel:
     """The entry of the zoo that every build copies; nobody else touches it."""
-    return ZOO[name](0, 0.0)
+    return (ZOO | STORED)[name](0, 0.0)
 
 
 def build(name: str) -> nn.Module:
@@ -61,14 +69,15 @@ def zoo_case(name: str, targets: str | None = None) -> Case:
         targets=targets,
         tokens="input_ids" if entry.causal else None,
         generate=partial(generate, name) if entry.generates else None,
+        rounding=ROUNDING_OF.get(name, ROUNDING),
     )
 
 
 @cache
 def zoo_cases() -> dict[str, Case]:
-    cases = [zoo_case(name) for name in ZOO]
+    cases = [zoo_case(name) for name in (*ZOO, *STORED)]
     cases += [zoo_case(name, targets) for name, targets in FURTHER_TARGETS.items()]
     return {case.name: case for case in cases}
 
 
-CASE_NAMES = [*ZOO, *(f"{name}-further" for name in FURTHER_TARGETS)]
+CASE_NAMES = [*ZOO, *STORED, *(f"{name}-further" for name in FURTHER_TARGETS)]

@@ -18,7 +18,8 @@ METHODS = PACKAGE / "methods"
 # Layers above the core (0). A new file or folder counts as core until it is named here, on purpose.
 KINDS, METHODS_LAYER, CONTRACT, CAPABILITY = 1, 2, 3, 4
 LAYERS = {
-    "kinds": KINDS, "routing": KINDS, "methods": METHODS_LAYER, "check": CONTRACT, "contract": CONTRACT,
+    "kinds": KINDS, "routing": KINDS, "guards": KINDS, "planning": KINDS, "extras": KINDS, "methods": METHODS_LAYER,
+    "check": CONTRACT, "contract": CONTRACT,
     **dict.fromkeys(("interop", "training", "cli", "compare", "search", "merging", "decoding", "federated", "privacy",
                      "demo", "tasks", "vision"), CAPABILITY),
 }  # fmt: skip
@@ -26,11 +27,12 @@ LAYERS = {
 NAMES_ABOVE = {
     PACKAGE / "method.py": {"trimtab.methods"},
     PACKAGE / "__init__.py": {
-        "trimtab.methods", "trimtab.check.ContractViolation", "trimtab.check.check_method", "trimtab.routing.route",
+        "trimtab.methods", "trimtab.check.ContractViolation", "trimtab.check.check_method",
+        "trimtab.extras.MissingExtraError", "trimtab.guards", "trimtab.planning.plan", "trimtab.routing.route",
     },
 }  # fmt: skip
 NOT_COUNTED = {"quantized.py"}
-CORE_LINES_ALLOWED = 2760
+CORE_LINES_ALLOWED = 2500
 QUANTIZATION_PACKAGES = {"bitsandbytes", "torchao"}  # optional, and known to quantized.py alone
 PICKLE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 # Proves that models with adapters survive pickling, on bytes that it made itself.
@@ -124,10 +126,9 @@ def test_other_files_have_at_most_300_lines() -> None:
     assert {name_of(path): line_count(path) for path in others if line_count(path) > 300} == {}
 
 
-def test_the_core_only_shrinks_towards_its_2500_lines() -> None:
-    """The budget is not met yet (docs/architecture.md): until it is, the core may lose lines but not gain any."""
+def test_the_core_has_at_most_2500_lines() -> None:
     sizes = {name_of(path): line_count(path) for path in CORE if path.name not in NOT_COUNTED}
-    assert 2500 < sum(sizes.values()) <= CORE_LINES_ALLOWED, sizes
+    assert sum(sizes.values()) <= CORE_LINES_ALLOWED, sizes
 
 
 def test_functions_have_at_most_40_lines() -> None:

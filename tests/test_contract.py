@@ -2,17 +2,21 @@
 
 `test_smoke` holds every method against every quick invariant on the first built-in model that accepts it. With
 `-m slow`, every method meets every invariant on every model of the zoo, each as a test of its own; these tests, tens of
-thousands, are made only when slow ones are asked for. A new method joins by existing. A refusal is a skip that shows
-its text; that no method and no promise is refused everywhere is a test of its own.
+thousands, are made only when slow ones are asked for. What costs a compilation or a process runs as one batch for each
+invariant, on one model for each method (benchmarks/reliability_parts/matrix.py runs it on all). A new method joins by
+existing. A refusal is a skip that shows its text; that no method and no promise is refused everywhere is a test of its
+own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,22 +26,44 @@ from torch import Tensor
 import trimtab as tt
 from contract_cases import CASE_NAMES, zoo_cases
 from trimtab.check import INVARIANTS, Case, ContractViolation, attaches, built_in_cases, check_invariant, run_contract
-from trimtab.contract.case import NotApplicable
+from trimtab.contract.case import NotApplicable, capabilities_of, trained
+from trimtab.contract.declarations import promising
 from trimtab.contract.instances import small_instance
 from trimtab.contract.processes import loads_in_a_new_process, trains_distributed
 from trimtab.contract.report import Outcome, outcome_of
+from trimtab.contract.sums import follows_the_weight
+from trimtab.contract.table import COLUMNS, DISTRIBUTED, probe_capabilities
 from trimtab.kinds.lowrank import Factors
 from trimtab.kinds.weight import ParameterSite, WeightLeaf, WeightMethod
 from trimtab.method import Capabilities, Method, Spec, Targets, methods, setting
+from trimtab.methods.composition.compose import Compose
 from trimtab.methods.weight.lora import LoRA
+from zoo import STORED, ZOO
 
 METHODS = sorted(methods())
 BUILT_IN = {case.name: case for case in built_in_cases()}
 SMOKE_ORDER = ("transformer", "mlp", "cnn", "embedding", "twice-used", "experts")
-# Seconds each, or garbage collection of everything that the test process holds.
+# Seconds each, or garbage collection of everything that the test process holds: on one model for each method.
 LONG = {"compiles_whole", "leaves_nothing_behind"}
-# Compiling takes seconds: one model for each way of attending, convolutions, and an encoder-decoder.
-COMPILED = {"llama", "t5", "vit", "torch_encoder", "cnn-further", "mixtral-further"}
+# A wrong declaration of any of these must fail; by the invariants that prove it.
+PROOFS = {
+    "starts_at_base": ["starts_as_declared"],
+    "merge": ["merges_as_declared"],
+    "linear_in_parameters": ["averages_as_declared"],
+    "additive": ["two_adapters_keep_apart"],
+    "input_dependent": ["fast_path_equals_reference", "merges_as_declared"],
+    "causal_safe": ["looks_back_only"],
+    "cached_generation": ["generates_from_a_cache"],
+    "quantized_base": ["runs_on_quantised_base"],
+    "per_sample_gradients": ["gives_gradients_of_each_row"],
+    "creates_bias": ["merges_as_declared"],
+    "routable": ["rows_route_to_their_adapters"],
+    "requires_binding": ["schedule_needs_binding"],
+    "keeps_base": ["detaching_restores"],
+    "checkpointing": ["checkpoints"],
+}
+# Models beside the built-in ones that show a wrong declaration: those that generate, or attend without a mask.
+SHOWING = {"cached_generation": ("gpt2", "mixtral"), "routable": ("gpt2", "llama", "mixtral", "bert", "cnn")}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -50,9 +76,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for method in METHODS
         for case in CASE_NAMES
         for invariant in INVARIANTS
-        if expression != "not slow" and (invariant != "compiles_whole" or case in COMPILED)
+        if expression != "not slow" and invariant not in LONG and differs(method, case)
     ]
     metafunc.parametrize(("method", "case", "invariant"), wanted, ids=["-".join(entry) for entry in wanted])
+
+
+def differs(method: str, case: str) -> bool:
+    """Whether a case is another one for this method: further targets take the place of "all-linear" alone."""
+    targets = {field.name: field.default for field in dataclasses.fields(methods()[method])}
+    return case in (*ZOO, *STORED) or targets.get("targets") == "all-linear"
 
 
 @cache
@@ -123,12 +155,44 @@ def test_matrix(method: str, case: str, invariant: str) -> None:
     hold(invariant, instance(method), zoo_cases()[case])
 
 
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "capabilities.md"
+SLOW_COLUMNS = {"compile", *DISTRIBUTED}
+
+
+def written_page() -> dict[str, dict[str, str]]:
+    rows = [line.strip("| ").split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
+    return {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[2:]}
+
+
+def written_column(name: str) -> dict[str, str]:
+    return {method: cells[name] for method, cells in written_page().items()}
+
+
+def cell_of(outcome: Outcome) -> str:
+    return {"held": "✓", "refused": "refused", "not applicable": "–"}[outcome.result]
+
+
 def jobs() -> list[tuple[Method, Case]]:
     return [(instance(name), case) for name in METHODS if (case := smoke_case(name)) is not None]
 
 
 def unbroken(outcomes: list[Outcome]) -> None:
     assert [str(outcome) for outcome in outcomes if outcome.result == "violated"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_leaves_nothing_behind(name: str) -> None:
+    case = smoke_case(name)
+    assert case is not None
+    hold("leaves_nothing_behind", instance(name), case)
+
+
+@pytest.mark.slow
+def test_every_method_compiles() -> None:
+    outcomes = [outcome_of(INVARIANTS["compiles_whole"], method, case, "compiles_whole") for method, case in jobs()]
+    unbroken(outcomes)
+    assert written_column("compile") == {outcome.method: cell_of(outcome) for outcome in outcomes}
 
 
 def test_every_method_loads_in_a_new_process() -> None:
@@ -141,7 +205,9 @@ def test_every_method_loads_in_a_new_process() -> None:
 def test_every_method_trains_distributed() -> None:
     outcomes = trains_distributed(jobs())
     unbroken(outcomes)
-    assert sum(outcome.result == "held" for outcome in outcomes) >= len(METHODS)
+    for column, check in DISTRIBUTED.items():
+        found = {outcome.method: cell_of(outcome) for outcome in outcomes if outcome.invariant == check}
+        assert written_column(column) == found
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +216,124 @@ def forget_local_methods() -> Iterator[None]:
     yield
     if len(METHODS) != len(methods()):
         gc.collect()
+
+
+def other_declarations(method: Method, name: str) -> list[dict[str, Any]]:
+    """Every declaration of one capability but the method's own."""
+    own = getattr(capabilities_of(method), name)
+    if isinstance(own, bool):
+        return [{name: not own}]
+    words = ("exact", "approximate", "no" if name == "starts_at_base" else "none")
+    reason = {"merge_reason": "of a reason"} if name == "merge" else {}
+    return [{name: word, **reason} for word in words if word != own]
+
+
+def broken_promises(method: Method, name: str) -> list[Outcome]:
+    """What fails on the first model that shows a failure."""
+    cases = [zoo_cases()[key] for key in SHOWING.get(name, ())] or [
+        *BUILT_IN.values(), zoo_cases()["bert"], zoo_cases()["mixtral-further"]
+    ]  # fmt: skip
+    for case in cases:
+        found = run_contract(method, [case], PROOFS[name]).violations
+        if broken := [violation for violation in found if violation.invariant != "attaches"]:
+            return broken
+    return []
+
+
+def merged_biases(method: Method, case: Case) -> tuple[str, ...]:
+    """The biases that merging the method creates on a model; none where it cannot be merged."""
+    try:
+        return trained(case, method).merge(untie=True).created
+    except tt.TrimtabError:
+        return ()
+
+
+def unjudged(method: Method, name: str, declared: dict[str, Any]) -> bool:
+    """What has no measure. Changes of weights add up or do not, unless they follow the weight: then, and for other
+    methods, `additive` is a permission, wrong only if it is withheld although changes add up. A bias is created
+    only where a model lacks it. A start between 1 % and 50 % of the output may be called approximate, or none."""
+    accepting = [case for case in BUILT_IN.values() if outcome_of(attaches, method, case, "attaches").result == "held"]
+    if name == "additive":
+        weights = all(isinstance(part, WeightMethod) for part in method.parts())
+        return not weights or any(follows_the_weight(method, case) for case in accepting)
+    if name == "creates_bias":
+        return not any(merged_biases(method, case) for case in accepting)
+    return declared == {"starts_at_base": "approximate"} and capabilities_of(method).starts_at_base == "no"
+
+
+@pytest.mark.parametrize("capability", [pytest.param(name, marks=pytest.mark.slow) for name in PROOFS])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_wrong_declaration_of_every_method_fails(name: str, capability: str) -> None:
+    method = instance(name)
+    for declared in other_declarations(method, capability):
+        with promising(method, **declared):
+            broken = broken_promises(method, capability)
+        assert broken or unjudged(method, capability, declared), f"{declared} went undetected"
+
+
+@pytest.mark.parametrize("capability", PROOFS)
+def test_every_wrong_declaration_of_lora_fails(capability: str) -> None:
+    for declared in other_declarations(instance("LoRA"), capability):
+        with promising(instance("LoRA"), **declared):
+            assert broken_promises(instance("LoRA"), capability)
+
+
+def test_a_permission_that_is_withheld_fails_where_changes_add_up() -> None:
+    method = instance("ParallelAdapter")
+    with (
+        promising(method, additive=False),
+        pytest.raises(ContractViolation, match="additive=False, but the changes of two adapters add up"),
+    ):
+        check_invariant("two_adapters_keep_apart", method, BUILT_IN["transformer"])
+
+
+def test_another_declaration_ends_with_its_block() -> None:
+    before = {cls: (cls.capabilities, cls.promises, set(vars(cls))) for cls in methods().values()}
+    for name in METHODS:
+        with contextlib.suppress(ZeroDivisionError), promising(instance(name), merge="none", additive=False):
+            assert not capabilities_of(instance(name)).additive
+            raise ZeroDivisionError
+    assert before == {cls: (cls.capabilities, cls.promises, set(vars(cls))) for cls in methods().values()}
+
+
+def test_a_composition_that_declares_more_than_its_parts_fails() -> None:
+    @dataclass(frozen=True)
+    class Hasty(Compose):
+        capabilities = Capabilities(starts_at_base="exact", merge="exact")
+
+        def __init__(self) -> None:
+            super().__init__(tt.LoRA(rank=2), tt.DoRA(rank=2, targets="head"))
+
+        def promises(self) -> Capabilities:
+            return self.capabilities
+
+    text = r"promises_what_its_parts_do: additive=True, but its parts together give additive=False"
+    with pytest.raises(ContractViolation, match=text):
+        check_invariant("promises_what_its_parts_do", Hasty(), BUILT_IN["mlp"])
+
+
+def test_per_sample_gradients_that_a_fused_function_hides_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.kinds.weight.transformed", lambda: False)
+    with pytest.raises(ContractViolation, match="per_sample_gradients=True, but mapped over the model: RuntimeError"):
+        check_invariant("gives_gradients_of_each_row", LoRA(rank=2), BUILT_IN["mlp"])
+
+
+def test_the_page_of_capabilities_is_what_trying_finds() -> None:
+    columns, page = [name for name in COLUMNS if name not in SLOW_COLUMNS], written_page()
+    found = probe_capabilities(["LoRA", "IA3", "LinearProbe", "PrefixTuning"], columns)
+    assert found == {name: {column: page[name][column] for column in columns} for name in found}
+
+
+@pytest.mark.slow
+def test_the_whole_page_of_capabilities_is_what_trying_finds() -> None:
+    columns, page = [name for name in COLUMNS if name not in SLOW_COLUMNS], written_page()
+    found = probe_capabilities(None, columns)
+    assert found == {name: {column: cells[column] for column in columns} for name, cells in page.items()}
+
+
+def test_an_unknown_column_is_named() -> None:
+    with pytest.raises(tt.SettingError, match=r"there is no column 'compiles'\. Did you mean 'compile'"):
+        probe_capabilities(["LoRA"], ["compiles"])
 
 
 def lora_that_declares(**declared: Any) -> Method:

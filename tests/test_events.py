@@ -410,3 +410,13 @@ def test_an_adapter_is_bound_to_one_optimizer_at_a_time() -> None:
     adapter.bind(second, total_steps=TOTAL)
     run(model, second, 0, 1)
     assert adapter.steps == 1
+
+
+def test_steps_that_torch_does_not_see_stop_too() -> None:
+    """DeepSpeed writes to `parameter.data`, which leaves the parameter's version as it was."""
+    model, adapter = attached()
+    loss_of(model, 0).backward()
+    for parameter in adapter.parameters():
+        parameter.data = parameter.data + 0.1
+    with pytest.raises(trimtab.TrainingError, match="trained without being bound: the schedule of AdaLoRA"):
+        loss_of(model, 1)

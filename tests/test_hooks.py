@@ -6,6 +6,7 @@ import copy
 import pickle
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +18,15 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_sub
 from torch import Tensor, nn
 
 import trimtab as tt
+from adapting import moved, same_state, state
 from contract_cases import zoo_case
 from trimtab.contract.processes import WORLD, process_group, shard, trains_distributed
 from trimtab.hooks import is_hooked
+from trimtab.structure import Structure
+from trimtab.targets import resolve
 from zoo import ZOO, ZooModel
 
 NEAR = {"rtol": 1e-4, "atol": 1e-5}
-
-
-def moved(model: nn.Module, method: tt.Method, name: str = "default", seed: int = 0) -> tt.Adapter:
-    """An adapter away from its start."""
-    adapter = tt.attach(model, method, name=name)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
-    return adapter
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same_state(model: nn.Module, expected: dict[str, Tensor]) -> bool:
-    found = model.state_dict()
-    return list(found) == list(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 # The class swap
@@ -67,6 +52,43 @@ def test_the_swap_keeps_names_isinstance_keys_and_storage(name: str) -> None:
     assert kept == pointers
     adapter.detach()
     assert {path: type(module) for path, module in modules.items()} == classes
+
+
+@dataclass(frozen=True)
+class _FailsToStart(tt.LoRA):
+    def initialise(self, leaf: Any, generator: torch.Generator) -> None:
+        raise RuntimeError("no start")
+
+
+def test_a_failed_attach_takes_back_what_it_hooked_and_leaves_the_other_adapter() -> None:
+    entry = ZOO["mlp"](0, 0.0)
+    first = moved(entry.model, tt.RandLoRA(rank=2, targets="0"), name="first")
+    hooked = [path for path, module in entry.model.named_modules() if is_hooked(module)]
+    expected, output = state(entry.model), entry.output()
+    with pytest.raises(RuntimeError, match="no start"):
+        tt.attach(entry.model, _FailsToStart(rank=2, targets="all-linear"), name="second")
+    assert [path for path, module in entry.model.named_modules() if is_hooked(module)] == hooked
+    assert same_state(entry.model, expected)
+    assert torch.equal(entry.output(), output)
+    first.detach()
+    assert not any(is_hooked(module) for module in entry.model.modules())
+
+
+def test_the_tensors_of_an_adapter_are_no_part_of_the_base() -> None:
+    entry = ZOO["mlp"](0, 0.0)
+    numbers = sum(parameter.numel() for parameter in entry.model.parameters())
+    everything = resolve(Structure(entry.model), "all")
+    first = tt.attach(entry.model, tt.LoRA(rank=2), name="first")
+    tt.attach(entry.model, tt.RandLoRA(rank=2), name="shares")  # its shared tensors are registered on the model
+    assert resolve(Structure(entry.model), "all") == everything
+    assert first.report().base == numbers
+
+
+def test_a_tied_weight_counts_once() -> None:
+    entry = ZOO["tied_embedding"](0, 0.0)
+    numbers = sum(parameter.numel() for parameter in entry.model.parameters())
+    assert tt.plan(entry.model, tt.LoRA(rank=2)).base == numbers
+    assert tt.attach(entry.model, tt.LoRA(rank=2)).report().base == numbers
 
 
 def test_calling_the_class_of_an_attached_model_makes_a_plain_one() -> None:

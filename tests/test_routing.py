@@ -359,15 +359,43 @@ def test_a_part_that_the_user_checkpoints() -> None:
 # ---- refusals ----
 
 
-@pytest.mark.parametrize("method", [trimtab.PrefixTuning(length=2), trimtab.PromptTuning(length=2)])
-def test_token_methods_are_not_routed(method: trimtab.Method) -> None:
+def test_prompts_are_not_routed() -> None:
     entry = without_labels("llama")
-    trimtab.attach(entry.model, method, name="first")
+    trimtab.attach(entry.model, trimtab.PromptTuning(length=2), name="first")
     with (
         trimtab.route(entry.model, ["first", None, "first"]),
-        pytest.raises(
-            trimtab.AttachError, match=rf"{type(method).__name__} \(adapter 'first'\) cannot be routed by rows\."
-        ),
+        pytest.raises(trimtab.AttachError, match=r"PromptTuning \(adapter 'first'\) cannot be routed by rows\."),
+    ):
+        entry.output()
+
+
+@pytest.mark.parametrize("method", [trimtab.PrefixTuning(length=2), trimtab.PfeifferAdapter(bottleneck=4)])
+def test_a_cache_of_all_rows_is_refused_by_adapters_around_its_reader(method: trimtab.Method) -> None:
+    entry = without_labels("llama")
+    trimtab.attach(entry.model, method, name="first")
+    text = r"around a Llama\w+ that is given a cache \(DynamicCache\).*run the model with use_cache=False"
+    with trimtab.route(entry.model, ["first", None, "first"]):
+        with pytest.raises(trimtab.AttachError, match=text):
+            entry.model(**entry.inputs, use_cache=True)
+        entry.model(**entry.inputs, use_cache=False)
+
+
+def test_a_batch_that_is_not_the_first_axis_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
+    trimtab.attach(model, trimtab.LoRA(rank=2, targets="=0"), name="first")
+    with (
+        pytest.raises(trimtab.AttachError, match=r"through '1', whose first axis is positions.*batch_first=True"),
+        trimtab.route(model, ["first", None, "first"]),
+    ):
+        pass
+
+
+def test_adapters_inside_a_recurrent_network_are_not_routed() -> None:
+    entry = ZOO["gru"](0, 0.0)
+    trimtab.attach(entry.model, trimtab.LoRA(rank=2, targets="recurrent:weight_ih_l0"), name="first")
+    with (
+        trimtab.route(entry.model, ["first", None, "first"]),
+        pytest.raises(trimtab.AttachError, match="through adapters inside GRU, which returns states"),
     ):
         entry.output()
 

@@ -283,12 +283,19 @@ def test_heads_that_the_base_biases_apart_need_a_side_of_as_many() -> None:
         entry.output()
 
 
-def test_it_cannot_be_merged_or_routed() -> None:
-    entry, adapter = trained("bert")
+def test_it_cannot_be_merged() -> None:
+    _, adapter = trained("bert")
     with pytest.raises(trimtab.AttachError, match="a side network has no weight to be folded into"):
         adapter.merge()
-    with (
-        trimtab.route(entry.model, ["default", None, "default"]),
-        pytest.raises(trimtab.AttachError, match=r"LadderSideTuning \(adapter 'default'\) cannot be routed by rows"),
-    ):
-        entry.output()
+
+
+def test_rows_are_routed_past_it() -> None:
+    entry, adapter = trained("bert")
+    beside = entry.output()
+    with adapter.disabled():
+        base = entry.output()
+    with trimtab.route(entry.model, ["default", None, "default"]):
+        routed = entry.output()
+    torch.testing.assert_close(routed[[0, 2]], beside[[0, 2]])
+    torch.testing.assert_close(routed[1], base[1])
+    assert not torch.allclose(beside[1], base[1])

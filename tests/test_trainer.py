@@ -18,7 +18,7 @@ import trimtab as tt
 import zoo
 from test_training_loop import Penalised, make_adapter, make_rows, state_hash
 from trimtab.errors import AttachError, TrainingError
-from trimtab.interop.transformers import TrimtabCallback, TrimtabTrainer
+from trimtab.interop.transformers import TrimtabCallback, TrimtabTrainer, _check_complete, _newest_complete
 from trimtab.interop.trl import TrimtabSFTTrainer
 from trimtab.methods.weight.adalora import AdaLoRA
 from trimtab.methods.weight.lora import LoRA
@@ -138,6 +138,18 @@ def test_an_incomplete_checkpoint_is_not_resumed(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"holds no complete checkpoint to resume from \(2 incomplete\)"):
         trainer.train(resume_from_checkpoint=True)
     assert state_hash(adapter) == before
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "rng_state.pth", "optimizer.pt"])
+def test_a_file_that_was_cut_makes_its_checkpoint_incomplete(name: str, tmp_path: Path) -> None:
+    """Trainer writes in place: a kill may leave any part of a file."""
+    make_trainer(make_adapter(), arguments(tmp_path, max_steps=4)).train()
+    whole = (tmp_path / "checkpoint-4" / name).read_bytes()
+    for size in (0, 1, len(whole) // 2, len(whole) - 3):
+        (tmp_path / "checkpoint-4" / name).write_bytes(whole[:size])
+        with pytest.raises(TrainingError, match=rf"checkpoint-4: lacks {name}, without which"):
+            _check_complete(tmp_path / "checkpoint-4")
+    assert _newest_complete(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 def test_checkpoints_hold_no_base_weights(tmp_path: Path) -> None:

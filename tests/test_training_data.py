@@ -17,10 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trimtab.training.data as data_module
-from trimtab.errors import DataError, MissingExtraError, SettingError
+from trimtab.errors import SettingError
+from trimtab.extras import MissingExtraError
 from trimtab.training.batches import BatchOrder, Position
 from trimtab.training.columns import LABEL, TEXT, find_column
 from trimtab.training.data import read_table
+from trimtab.training.errors import DataError
 from trimtab.training.hub import hub_is_reachable
 from trimtab.training.splits import split_table
 from trimtab.training.table import Table

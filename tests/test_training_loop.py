@@ -25,13 +25,14 @@ from torch import Tensor
 import trimtab as tt
 import zoo
 from trimtab.adapter_file import read_adapter_file
-from trimtab.errors import AdapterFileError, Interrupted, SettingError, TrainingError
+from trimtab.errors import AdapterFileError, SettingError, TrainingError
 from trimtab.methods.weight.lora import LoRA
 from trimtab.training.batches import Loader, make_loader
 from trimtab.training.causal_lm import CausalLM
 from trimtab.training.checkpoints import STATE_NAME, newest_checkpoint
 from trimtab.training.classification import Classification
 from trimtab.training.encoding import IGNORED, Encoded
+from trimtab.training.errors import Interrupted
 from trimtab.training.loop import LoopSettings, Progress, TrainingResult, train
 from trimtab.training.metrics import Metrics
 
@@ -76,8 +77,8 @@ def written(path: Path) -> dict[str, bytes]:
 SETTINGS = LoopSettings(lr=1e-2, steps=6, batch_size=4, warmup=0.3)
 
 
-class Stop(Exception):
-    """Thrown by a test out of the loop, as a crash would."""
+class Stop(BaseException):
+    """Thrown by a test out of the loop, as a crash would; nothing that handles errors may handle it."""
 
 
 def crash_at(step: int) -> Callable[[Progress], None]:

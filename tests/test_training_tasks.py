@@ -19,11 +19,13 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 import trimtab.training.model_sources as model_sources  # noqa: E402
-from trimtab.errors import DataError, MissingExtraError, ModelError, SettingError, TrainingError  # noqa: E402
+from trimtab.errors import SettingError, TrainingError  # noqa: E402
+from trimtab.extras import MissingExtraError  # noqa: E402
 from trimtab.training.batches import make_loader  # noqa: E402
 from trimtab.training.causal_lm import CausalLM  # noqa: E402
 from trimtab.training.classification import Classification  # noqa: E402
 from trimtab.training.encoding import IGNORED  # noqa: E402
+from trimtab.training.errors import DataError, ModelError  # noqa: E402
 from trimtab.training.metrics import accuracy_metrics, macro_f1, wilson_interval  # noqa: E402
 from trimtab.training.model_sources import resolve_model  # noqa: E402
 from trimtab.training.models import load_model  # noqa: E402
@@ -127,7 +129,7 @@ def test_truncation_keeps_special_tokens_and_is_counted() -> None:
 def test_truncation_to_nothing_is_refused() -> None:
     message = (
         "max_length=2 cuts every one of the 3 rows of made.csv to nothing: with the tokenizer's special tokens a row "
-        "needs 3 tokens at least. Give a larger max_length."
+        "needs 3. Give max_length=3 or more."
     )
     with pytest.raises(SettingError, match=re.escape(message)):
         Classification.from_table(LABELLED).encode(LABELLED, make_tokenizer("[BOS] $A [EOS]"), 2)

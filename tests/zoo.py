@@ -7,6 +7,7 @@ sits where such models are trained with it: on the right for encoders, on the le
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -129,7 +130,7 @@ def as_if_trained(model: nn.Module) -> nn.Module:
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
                 module.running_mean.normal_(std=0.1)
                 module.running_var.uniform_(0.5, 1.5)
     return model.eval()
@@ -149,7 +150,7 @@ def bert(seed: int = 0, dropout: float = 0.0) -> ZooModel:
     return ZooModel("bert", model, inputs, logits, own_loss, EVERY_KIND, "sdpa", ("bert.encoder.layer",))
 
 
-def llama(seed: int = 0, dropout: float = 0.0) -> ZooModel:
+def llama(seed: int = 0, dropout: float = 0.0, width: int = HIDDEN) -> ZooModel:
     """Llama with grouped queries (two key-value heads for four query heads) and a tied head.
 
     Llama knows dropout on the attention probabilities only.
@@ -157,8 +158,8 @@ def llama(seed: int = 0, dropout: float = 0.0) -> ZooModel:
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         initializer_range=INITIALIZER_RANGE,
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        num_key_value_heads=2, intermediate_size=2 * HIDDEN, max_position_embeddings=64, tie_word_embeddings=True,
+        vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        num_key_value_heads=2, intermediate_size=2 * width, max_position_embeddings=64, tie_word_embeddings=True,
         pad_token_id=0, bos_token_id=1, eos_token_id=2, attn_implementation="sdpa", attention_dropout=dropout,
     )  # fmt: skip
     model = as_if_trained(transformers.LlamaForCausalLM(config))
@@ -386,6 +387,216 @@ def tied_embedding(seed: int = 0, dropout: float = 0.0) -> ZooModel:
     return ZooModel("tied_embedding", model, inputs, itself, objective, WITHOUT_ATTENTION, "none", tied_head=True)
 
 
+class SignalNetwork(nn.Module):
+    """Plain, grouped and depthwise one-dimensional convolutions with group normalisation."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(4, 16, kernel_size=3, padding=1)
+        self.norm = nn.GroupNorm(4, 16)
+        self.grouped = nn.Conv1d(16, 32, kernel_size=3, stride=2, padding=1, groups=4, bias=False)
+        self.depthwise = nn.Conv1d(32, 32, kernel_size=3, padding=1, groups=32)
+        self.hidden = nn.Linear(32, HIDDEN)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, signal: Tensor) -> Tensor:
+        hidden = F.relu(self.grouped(F.relu(self.norm(self.stem(signal)))))  # (batch, 32, positions / 2)
+        hidden = F.gelu(self.hidden(F.relu(self.depthwise(hidden)).mean(dim=2)))
+        return self.classifier(self.dropout(hidden))
+
+
+def cnn_1d(seed: int = 0, dropout: float = 0.0) -> ZooModel:
+    """A network over signals."""
+    torch.manual_seed(seed)
+    model = as_if_trained(SignalNetwork(dropout))
+    inputs = {"signal": torch.randn(BATCH, 4, 12)}
+    objective = classification_loss(random_labels())
+    return ZooModel("cnn_1d", model, inputs, itself, objective, WITHOUT_ATTENTION, "none")
+
+
+class VolumeNetwork(nn.Module):
+    """Plain and grouped three-dimensional convolutions with batch normalisation."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.stem = nn.Conv3d(2, 8, kernel_size=3, padding=1, bias=False)
+        self.norm = nn.BatchNorm3d(8)
+        self.grouped = nn.Conv3d(8, 16, kernel_size=(1, 3, 3), stride=2, padding=(0, 1, 1), groups=2)
+        self.hidden = nn.Linear(16, HIDDEN)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, volume: Tensor) -> Tensor:
+        hidden = F.relu(self.grouped(F.relu(self.norm(self.stem(volume)))))  # (batch, 16, half of each axis)
+        return self.classifier(self.dropout(F.gelu(self.hidden(hidden.flatten(2).mean(dim=2)))))
+
+
+def cnn_3d(seed: int = 0, dropout: float = 0.0) -> ZooModel:
+    """A network over volumes."""
+    torch.manual_seed(seed)
+    model = as_if_trained(VolumeNetwork(dropout))
+    inputs = {"volume": torch.randn(BATCH, 2, 4, 6, 6)}
+    objective = classification_loss(random_labels())
+    return ZooModel("cnn_3d", model, inputs, itself, objective, WITHOUT_ATTENTION, "none")
+
+
+class RecurrentClassifier(nn.Module):
+    """Embedding, a recurrent network whose weights are one list of its own, mean over positions, classes."""
+
+    def __init__(self, recurrent: type[nn.GRU | nn.LSTM], dropout: float) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 16)
+        self.recurrent = recurrent(16, HIDDEN // 2, num_layers=2, bidirectional=True, batch_first=True)
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.hidden = nn.Linear(HIDDEN, HIDDEN)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        states, _ = self.recurrent(self.embedding(tokens))  # (batch, positions, hidden)
+        return self.classifier(self.dropout(F.gelu(self.hidden(self.norm(states).mean(dim=1)))))
+
+
+def _recurrent(name: str, kind: type[nn.GRU | nn.LSTM], seed: int, dropout: float) -> ZooModel:
+    torch.manual_seed(seed)
+    model = as_if_trained(RecurrentClassifier(kind, dropout))
+    inputs = {"tokens": random_tokens()}
+    objective = classification_loss(random_labels())
+    return ZooModel(name, model, inputs, itself, objective, WITHOUT_ATTENTION, "none")
+
+
+def gru(seed: int = 0, dropout: float = 0.0) -> ZooModel:
+    """A classifier around two layers of `nn.GRU` in both directions."""
+    return _recurrent("gru", nn.GRU, seed, dropout)
+
+
+def lstm(seed: int = 0, dropout: float = 0.0) -> ZooModel:
+    """A classifier around two layers of `nn.LSTM` in both directions."""
+    return _recurrent("lstm", nn.LSTM, seed, dropout)
+
+
+class RawParameterMixer(nn.Module):
+    """Learned positions, a matrix that mixes positions and one that maps channels, all raw parameters."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.input = nn.Linear(16, HIDDEN)
+        self.position = nn.Parameter(torch.randn(1, LENGTH, HIDDEN) / 2)
+        self.mixing = nn.Parameter(torch.randn(LENGTH, LENGTH) / LENGTH**0.5)
+        self.channel = nn.Parameter(torch.randn(HIDDEN, HIDDEN) / HIDDEN**0.5)
+        self.gain = nn.Parameter(torch.ones(HIDDEN))
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = self.input(features) + self.position  # (batch, positions, hidden)
+        hidden = hidden + F.gelu(torch.einsum("pq,bqh->bph", self.mixing, hidden)) * self.gain
+        hidden = hidden + F.gelu(F.linear(hidden, self.channel))
+        return self.classifier(self.dropout(hidden.mean(dim=1)))
+
+
+def raw_parameters(seed: int = 0, dropout: float = 0.0) -> ZooModel:
+    """A model that holds most of its weights as parameters of its own root."""
+    torch.manual_seed(seed)
+    model = as_if_trained(RawParameterMixer(dropout))
+    inputs = {"features": torch.randn(BATCH, LENGTH, 16)}
+    objective = classification_loss(random_labels())
+    return ZooModel("raw_parameters", model, inputs, itself, objective, WITHOUT_ATTENTION, "none")
+
+
+class TwiceUsedBlocks(nn.Module):
+    """One linear map and one norm that run three times in each forward; one map under two names."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.input = nn.Linear(16, HIDDEN)
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.shared = nn.Linear(HIDDEN, HIDDEN)
+        self.same = self.shared
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = self.input(features)
+        for layer in (self.shared, self.same, self.shared):
+            hidden = hidden + F.gelu(layer(self.norm(hidden)))
+        return self.classifier(self.dropout(hidden))
+
+
+def twice_used(seed: int = 0, dropout: float = 0.0) -> ZooModel:
+    """A model that uses its modules more than once, and one under two names."""
+    torch.manual_seed(seed)
+    model = as_if_trained(TwiceUsedBlocks(dropout))
+    inputs = {"features": torch.randn(BATCH, 16)}
+    objective = classification_loss(random_labels())
+    return ZooModel("twice_used", model, inputs, itself, objective, WITHOUT_ATTENTION, "none")
+
+
+def stored_as(entry: ZooModel, name: str, model: nn.Module) -> ZooModel:
+    """The entry under another name, with its weights stored in another way."""
+    return dataclasses.replace(entry, name=name, model=model.eval())
+
+
+def plain_linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """(parent, name, map) of every linear map but the head, which libraries leave as it is."""
+    return [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear and name != "lm_head"
+    ]
+
+
+def llama_bf16(seed: int = 0, dropout: float = 0.0) -> ZooModel:
+    """The Llama with bfloat16 weights."""
+    entry = llama(seed, dropout)
+    return stored_as(entry, "llama_bf16", entry.model.to(torch.bfloat16))
+
+
+def llama_nf4(seed: int = 0, dropout: float = 0.0) -> ZooModel:
+    """The Llama with bitsandbytes' four-bit NormalFloat weights (QLoRA's base), which compute in float32.
+
+    A row of the weights is one block of 64 numbers. Repacking for inference, which some processors do and which is
+    another rounding, is off: it would be another base.
+    """
+    import bitsandbytes
+
+    entry = llama(seed, dropout, width=64)
+    for parent, name, plain in plain_linears(entry.model):
+        packed = bitsandbytes.nn.Linear4bit(
+            plain.in_features, plain.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4"
+        )
+        packed.weight = bitsandbytes.nn.Params4bit(
+            plain.weight.detach(), requires_grad=False, quant_type="nf4", module=packed
+        )
+        packed.support_avx512bf16_for_cpu = False
+        setattr(parent, name, packed.to("cpu"))
+    return stored_as(entry, "llama_nf4", entry.model)
+
+
+def llama_int8(seed: int = 0, dropout: float = 0.0) -> ZooModel:
+    """The Llama with bitsandbytes' eight-bit weights, whose product rounds its inputs to eight bits too."""
+    import bitsandbytes
+
+    entry = llama(seed, dropout)
+    for parent, name, plain in plain_linears(entry.model):
+        packed = bitsandbytes.nn.Linear8bitLt(plain.in_features, plain.out_features, bias=False, has_fp16_weights=False)
+        packed.weight = bitsandbytes.nn.Int8Params(plain.weight.detach(), requires_grad=False, has_fp16_weights=False)
+        setattr(parent, name, packed.to("cpu"))
+    return stored_as(entry, "llama_int8", entry.model)
+
+
+def llama_torchao(seed: int = 0, dropout: float = 0.0) -> ZooModel:
+    """The Llama with torchao's eight-bit weights."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    entry = llama(seed, dropout)
+    chosen = {id(plain) for _, _, plain in plain_linears(entry.model)}
+    quantize_(entry.model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: id(module) in chosen)
+    return stored_as(entry, "llama_torchao", entry.model)
+
+
 Builder = Callable[[int, float], ZooModel]
 
 ZOO: dict[str, Builder] = {
@@ -401,4 +612,19 @@ ZOO: dict[str, Builder] = {
     "torch_encoder": torch_encoder,
     "multihead": multihead,
     "tied_embedding": tied_embedding,
+    "cnn_1d": cnn_1d,
+    "cnn_3d": cnn_3d,
+    "gru": gru,
+    "lstm": lstm,
+    "raw_parameters": raw_parameters,
+    "twice_used": twice_used,
+}
+
+# The same architecture with its weights stored in another way, and how far two ways to compute one output lie apart
+# there, as a share of the largest output. They need the optional packages of the extra `quant`.
+STORED: dict[str, Builder] = {
+    "llama_bf16": llama_bf16,
+    "llama_nf4": llama_nf4,
+    "llama_int8": llama_int8,
+    "llama_torchao": llama_torchao,
 }

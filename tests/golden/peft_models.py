@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import trimtab
+
+peft = pytest.importorskip("peft")
 
 
 class Layers(nn.Module):
@@ -112,3 +115,68 @@ def assert_same_training(
 def trainable_count(model: nn.Module) -> int:
     """Return how many numbers a model trains."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+PairsAt = Callable[[Any, Any], list[Pair]]
+"""Pairs the tensors of our leaf with those of peft's layer."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Our model and peft's with equal adapters at the same places."""
+
+    model: nn.Module
+    adapter: trimtab.Adapter
+    wrapped: Any
+    pairs: list[Pair]
+
+
+def beside_peft(
+    method: trimtab.Method, config: Any, places: Iterable[str], pairs_at: PairsAt, dtype: torch.dtype = torch.float64
+) -> Beside:
+    """Attach ours and peft's; their tensors have their own starting values."""
+    model, adapter, bare = twins(method, dtype)
+    wrapped = peft.get_peft_model(bare, config)
+    layers = {place: wrapped.base_model.model.get_submodule(place) for place in places}
+    pairs = [pair for place, layer in layers.items() for pair in pairs_at(leaf_at(adapter, place), layer)]
+    assert adapter.trainable_count == trainable_count(wrapped)
+    return Beside(model, adapter, wrapped, pairs)
+
+
+def assert_starts_as_in_peft(beside: Beside) -> None:
+    """Every tensor of ours starts with the values of peft's; for starts that are not random."""
+    for pair in beside.pairs:
+        torch.testing.assert_close(pair.ours, pair.view(pair.theirs), rtol=0, atol=1e-6)
+
+
+def assert_trains_and_merges_as_in_peft(
+    beside: Beside, places: Iterable[str], tolerance: float = 1e-12, spread: float = 0.3
+) -> None:
+    """From equal random tensors: outputs, gradients, five optimizer steps, and the merged weights and biases."""
+    randomise(pair.theirs for pair in beside.pairs)
+    for pair in beside.pairs:
+        with torch.no_grad():
+            pair.theirs.mul_(spread / 0.3)
+        pair.copy()
+    assert (beside.model(TOKENS) - Layers().to(beside.pairs[0].ours.dtype)(TOKENS)).abs().max() > 1e-3
+    assert_same_training(beside.model, beside.wrapped, beside.pairs, tolerance)
+    beside.wrapped.merge_adapter()
+    beside.adapter.merge()
+    for place in places:
+        ours, theirs = beside.model.get_submodule(place), beside.wrapped.base_model.model.get_submodule(place)
+        expected = theirs.get_base_layer()
+        torch.testing.assert_close(ours.weight, expected.weight, rtol=0, atol=max(1e-6, 10 * tolerance))
+        if getattr(expected, "bias", None) is not None:
+            torch.testing.assert_close(ours.bias, expected.bias, rtol=0, atol=max(1e-6, 10 * tolerance))
+
+
+def assert_gradients_are_those_of_differences(method: trimtab.Method, place: str = "linear") -> None:
+    """Output gradients of one layer, for its input and every trained tensor, against finite differences in float64."""
+    model, adapter, _ = twins(method)
+    parameters = list(adapter.parameters())
+    moved = [tensor for tensor in parameters if not bool(tensor.any())]
+    randomise(moved)
+    layer: Any = model.get_submodule(place)
+    widths = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
+    x = torch.randn(3, widths[0], generator=torch.Generator().manual_seed(3), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *parameters))
