@@ -26,7 +26,7 @@ from torch import Tensor
 import trimtab as tt
 from contract_cases import CASE_NAMES, zoo_cases
 from trimtab.check import INVARIANTS, Case, ContractViolation, attaches, built_in_cases, check_invariant, run_contract
-from trimtab.contract.case import NotApplicable, capabilities_of, trained
+from trimtab.contract.case import NotApplicable, capabilities_of
 from trimtab.contract.declarations import promising
 from trimtab.contract.instances import small_instance
 from trimtab.contract.processes import loads_in_a_new_process, trains_distributed
@@ -240,24 +240,14 @@ def broken_promises(method: Method, name: str) -> list[Outcome]:
     return []
 
 
-def merged_biases(method: Method, case: Case) -> tuple[str, ...]:
-    """The biases that merging the method creates on a model; none where it cannot be merged."""
-    try:
-        return trained(case, method).merge(untie=True).created
-    except tt.TrimtabError:
-        return ()
-
-
 def unjudged(method: Method, name: str, declared: dict[str, Any]) -> bool:
     """What has no measure. Changes of weights add up or do not, unless they follow the weight: then, and for other
-    methods, `additive` is a permission, wrong only if it is withheld although changes add up. A bias is created
-    only where a model lacks it. A start between 1 % and 50 % of the output may be called approximate, or none."""
-    accepting = [case for case in BUILT_IN.values() if outcome_of(attaches, method, case, "attaches").result == "held"]
+    methods, `additive` is a permission, wrong only if it is withheld although changes add up. A start between 1 % and
+    50 % of the output may be called approximate, or none."""
     if name == "additive":
+        accepting = [c for c in BUILT_IN.values() if outcome_of(attaches, method, c, "attaches").result == "held"]
         weights = all(isinstance(part, WeightMethod) for part in method.parts())
         return not weights or any(follows_the_weight(method, case) for case in accepting)
-    if name == "creates_bias":
-        return not any(merged_biases(method, case) for case in accepting)
     return declared == {"starts_at_base": "approximate"} and capabilities_of(method).starts_at_base == "no"
 
 

@@ -52,11 +52,15 @@ def would_hold(check: Callable[[Method, Case], None], method: Method, case: Case
     return True
 
 
-def creates_bias(method: Method, case: Case) -> bool:
-    """Whether merging creates a bias in the model without those of its linear maps and convolutions."""
+def creates_bias(method: Method, case: Case) -> bool | None:
+    """Whether merging creates a bias in the model without those of its maps; None where it has none, or needs them."""
     bare = dataclasses.replace(case, build=partial(without_biases, case.build))
+    try:
+        bare.forward(bare.build())
+    except (AttributeError, RuntimeError, TypeError):
+        return None
     if len(list(bare.build().parameters())) == len(list(case.build().parameters())):
-        return True  # none was there to take away
+        return None
     try:
         return bool(trained(bare, method).merge(untie=True).created)
     except TrimtabError:

@@ -142,9 +142,11 @@ def merges_as_declared(method: Method, case: Case) -> None:
     beside = case.output(adapter.model)
     receipt = adapter.merge(untie=True)
     apart = difference(case.output(adapter.model), beside)
-    if receipt.created and not declared.creates_bias:
-        raise ContractViolation(f"creates_bias=False, but merging created {receipt.created[0]!r}")
-    if declared.creates_bias and not receipt.created and not creates_bias(method, case):
+    created = bool(receipt.created) or creates_bias(method, case)
+    if created and not declared.creates_bias:
+        where = repr(receipt.created[0]) if receipt.created else "one where maps have none"
+        raise ContractViolation(f"creates_bias=False, but merging created {where}")
+    if declared.creates_bias and created is False:
         raise ContractViolation("creates_bias=True, but merging creates none where maps have none")
     right = apart <= case.derived if declared.merge == "exact" else case.derived < apart <= APPROXIMATE
     if not right:
@@ -164,7 +166,7 @@ def _refuses_to_merge(method: Method, case: Case, reason: str) -> None:
     try:
         adapter.merge(untie=True)
     except AttachError as error:
-        if not any(part.capabilities.merge_reason in str(error) for part in method.parts()):
+        if not any(part.promises().merge_reason in str(error) for part in method.parts()):
             raise ContractViolation(f"the refusal to merge does not give the reason: {error}") from error
     else:
         raise ContractViolation("merge='none', but merging went through")

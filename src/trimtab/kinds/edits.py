@@ -37,9 +37,8 @@ def input_edits(module: nn.Module, path: str, change: Tensor, shift: Tensor) -> 
 
     `change` (in, in), `shift` (in,); computed at least in float32. A bias is created where there is none.
     """
-    layout, stored, bias = layout_of(path, module, None), module._parameters["weight"], module._parameters["bias"]
-    assert stored is not None
-    weight = at_least_single(layout.matrix(dense_weight(module)))  # (out, in)
+    layout, stored, bias = layout_of(path, module, None), dense_weight(module), module._parameters["bias"]
+    weight = at_least_single(layout.matrix(stored))  # (out, in)
     moved = weight @ shift.to(weight.dtype)
     changed = layout.stored(weight + weight @ change.to(weight.dtype), stored)
     new_bias = moved if bias is None else at_least_single(bias) + moved
