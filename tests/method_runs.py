@@ -22,7 +22,7 @@ from trimtab.check import built_in_cases
 from trimtab.contract.instances import small_instance
 from trimtab.errors import AttachError, TargetError
 from trimtab.interop.transformers import TrimtabTrainer
-from trimtab.method import methods
+from trimtab.method import methods, starts_from_data
 from trimtab.training.causal_lm import CausalLM
 from trimtab.training.checkpoints import STATE_NAME, newest_checkpoint
 from trimtab.training.classification import Classification
@@ -69,12 +69,11 @@ class Setup:
 def set_up(name: str, dropout: float = 0.1) -> Setup:
     """Attach the small instance of a method to the first model that accepts it."""
     reasons, method = [], instance(name)
-    starts_from_data = any(part.promises().requires_calibration for part in method.parts())
     for model in MODELS:
         entry = zoo.ZOO[model](3, dropout)
         data = tt.Batches([entry.inputs], lambda model, _, entry=entry: entry.loss(model))
         try:
-            return Setup(model, tt.attach(entry.model, method, calibration=data if starts_from_data else None))
+            return Setup(model, tt.attach(entry.model, method, calibration=data if starts_from_data(method) else None))
         except (AttachError, TargetError) as error:
             reasons.append(f"{model}: {error}")
     raise AssertionError(f"no model accepts {name}: {'; '.join(reasons)}")

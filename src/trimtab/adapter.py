@@ -19,7 +19,7 @@ from trimtab.events import Binding, bind
 from trimtab.hooks import PREFIX, Leaf
 from trimtab.merge import Merged, Receipt, merge_leaves
 from trimtab.method import Method, Spec, fits
-from trimtab.quantized import gathered
+from trimtab.quantized import for_file, gathered
 from trimtab.report import Report, Row, row_of
 from trimtab.structure import Structure
 
@@ -63,13 +63,17 @@ class Part:
         with gathered(self.places(), write=event != "penalty"):
             return getattr(self.method, event)(self, *arguments)
 
+    def named_specs(self) -> Iterator[tuple[str, Spec]]:
+        """Yield (name, spec) of every tensor, shared ones first; names are those of the adapter file."""
+        for place, specs in (("shared", self.shared_specs), *self.specs.items()):
+            yield from ((f"{self.index}/{place}/{name}", spec) for name, spec in specs.items())
+
     def tensors(self) -> Iterator[tuple[str, Tensor, Spec]]:
         """Yield (name, tensor, spec) of every tensor, shared ones first; names are those of the adapter file."""
-        for name, spec in self.shared_specs.items():
-            yield f"{self.index}/shared/{name}", self.shared(name), spec
-        for site, leaf in zip(self.sites, self.leaves, strict=True):
-            for name, spec in self.specs[str(site)].items():
-                yield f"{self.index}/{site}/{name}", getattr(leaf, name), spec
+        leaves = zip(self.specs.values(), self.leaves, strict=True)
+        own = (*map(self.shared, self.shared_specs), *(getattr(leaf, name) for specs, leaf in leaves for name in specs))
+        for (name, spec), tensor in zip(self.named_specs(), own, strict=True):
+            yield name, tensor, spec
 
     def rows(self) -> list[Row]:
         """Return one row for each site, behind one for the shared tensors where there are any."""
@@ -112,16 +116,16 @@ class Adapter:
             yield from part.tensors()
 
     def file_tensors(self, training: bool) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) of what an adapter file holds; `training` adds schedule state and keeps helpers."""
+        """Yield (name, tensor) as an adapter file holds them; `training` adds schedule state and keeps helpers."""
         for part in self.parts:
             if training or part.method.exported() is part.method:
                 kinds = ("always", "training") if training else ("always",)
-                yield from ((name, tensor) for name, tensor, spec in part.tensors() if spec.stored in kinds)
+                yield from ((name, for_file(tensor)) for name, tensor, spec in part.tensors() if spec.stored in kinds)
                 continue
             for site, leaf in zip(part.sites, part.leaves, strict=True):
                 with torch.no_grad(), gathered(part.places(), write=False):
                     finished = part.method.export(leaf)
-                yield from ((f"{part.index}/{site}/{name}", tensor) for name, tensor in finished.items())
+                yield from ((f"{part.index}/{site}/{name}", for_file(tensor)) for name, tensor in finished.items())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (name, parameter) of what the adapter trains."""
@@ -245,7 +249,7 @@ class Adapter:
         if keep_merged and not self.merged:
             raise AttachError(f"adapter {self.name!r} is not merged; call merge() before detach(keep_merged=True).")
         if keep_merged:
-            numbers = file_bytes({n: t.detach().cpu().contiguous() for n, t in self.file_tensors(training=False)})
+            numbers = file_bytes(dict(self.file_tensors(training=False)))
             entry = f"{self.name} ({type(self.method).__name__}, sha256 {hashlib.sha256(numbers).hexdigest()})"
             self.model.__dict__[LINEAGE] = (*self.lineage, entry)
         else:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trimtab.errors import AdapterFileError, SettingError, TrimtabError
 from trimtab.method import Method, check_settings, find_method, fits, settings_of
+from trimtab.quantized import for_file
 
 _dump = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 FORMAT, FILE_NAME = 1, "adapter.safetensors"
@@ -46,7 +47,7 @@ def file_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = Non
 
 def digest(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's values."""
-    return hashlib.sha256(file_bytes({"t": tensor.detach().cpu().contiguous()})).hexdigest()
+    return hashlib.sha256(file_bytes({"t": for_file(tensor)})).hexdigest()
 
 
 @contextlib.contextmanager

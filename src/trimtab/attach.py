@@ -40,8 +40,8 @@ def attach(
     check_arguments(model, method, name, seed, dtype, base_mode)
     parts = resolved_parts(Structure(model), method)
     if base_mode is None:
-        base_mode = "eval" if any(p.method.capabilities.base_mode == "eval" for p in parts) else "follow"
-    starting = next((p.method for p in parts if p.method.capabilities.requires_calibration), None)
+        base_mode = "eval" if any(p.method.promises().base_mode == "eval" for p in parts) else "follow"
+    starting = next((p.method for p in parts if p.method.promises().requires_calibration), None)
     if (starting is None) != (calibration is None):
         asked = "no method here starts from data" if starting is None else f"{type(starting).__name__} starts from data"
         raise SettingError(f"{asked}: calibration=tt.Batches(data, loss) is given for such methods, and only for them.")
@@ -84,10 +84,11 @@ def resolved_parts(structure: Structure, method: Method) -> list[Part]:
 def resolved_part(structure: Structure, method: Method, index: int, items: list[Item]) -> Part:
     """Return an unattached part for given items; used by `attach` and by loading, which knows the items."""
     sites = method.sites(structure, tuple(f"={item}" for item in items))
-    specs, shared = {str(site): method.tensors(site) for site in sites}, method.shared(sites)
-    if not any(spec.trainable for group in (*specs.values(), shared) for spec in group.values()):
+    specs = {str(site): method.tensors(site) for site in sites}
+    part = Part(method, index, items, sites, specs, method.shared(sites))
+    if not any(spec.trainable for _, spec in part.named_specs()):
         raise SettingError(f"{type(method).__name__} would train nothing with these settings.")
-    return Part(method, index, items, sites, specs, shared)
+    return part
 
 
 def build(adapter: Adapter, dtype: torch.dtype, calibration: Batches | None = None) -> Adapter:
@@ -162,7 +163,7 @@ def _calibrate(adapter: Adapter, batches: Batches) -> None:
     adapter.active = False
     with torch.no_grad():
         for part in adapter.parts:
-            if part.method.capabilities.requires_calibration:
+            if part.method.promises().requires_calibration:
                 part.method.calibrate(part, batches)
     adapter.active = True
 

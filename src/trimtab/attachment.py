@@ -18,11 +18,8 @@ from trimtab.structure import Structure
 if TYPE_CHECKING:
     from trimtab.adapter import Adapter
 
-
 # Runs one hooked module, given its own call, its leaves, and the call's arguments.
 Router = Callable[[nn.Module, Call, list[Leaf], tuple[Any, ...], dict[str, Any]], Any]
-
-
 LINEAGE = "_trimtab_lineage"  # on a model for good: the adapters that were merged into it to stay
 
 
@@ -110,7 +107,7 @@ def begin(model: nn.Module) -> Attached:
     if existing is not None:
         return existing
     _refuse_unfit(model)
-    attached = Attached(model, undo=[handle.remove for handle in keep_from_repacking(model)])
+    attached = Attached(model, undo=keep_from_repacking(model))
     attached.hook(model, "")
     attached.required_grad = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from trimtab.contract import declarations, execution, files, life, quantised, samples, training, weights
-from trimtab.contract.case import Case, ContractViolation, attached
+from trimtab.contract.case import Case, ContractViolation, attaches
 from trimtab.contract.instances import small_instance
 from trimtab.contract.models import built_in_cases
 from trimtab.contract.report import ContractReport, Invariant, outcome_of
@@ -17,6 +17,7 @@ __all__ = [
     "Case",
     "ContractReport",
     "ContractViolation",
+    "attaches",
     "built_in_cases",
     "check_method",
     "run_contract",
@@ -103,11 +104,6 @@ def run_contract(
         if attaching.result == "held":
             outcomes += [outcome_of(INVARIANTS[name], instance, case, name) for name in names]
     return ContractReport(instance, tuple(outcomes))
-
-
-def attaches(method: Method, case: Case) -> None:
-    """The method accepts the model; a model that it refuses is not asked for anything else."""
-    attached(case, method)
 
 
 def check_invariant(name: str, method: Method, case: Case) -> None:

@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from trimtab.errors import AttachError
-from trimtab.hooks import GUARDS, Call, Leaf, base_class, base_state_dict, leaves_of
+from trimtab.hooks import GUARDS, Call, base_class, base_state_dict, leaves_of
 
 
 def _generate_of(base: Any) -> Call:
@@ -26,7 +26,7 @@ def _generate_of(base: Any) -> Call:
 def _resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
     """transformers puts a new head in the old one's place: an adapter there would be gone without a word."""
     tables = [table for table in (self.get_input_embeddings(), self.get_output_embeddings()) if table is not None]
-    if (args or kwargs) and any(isinstance(leaf, Leaf) for table in tables for leaf in table.children()):
+    if (args or kwargs) and any(leaves_of(table) for table in tables):
         raise AttachError("resizing would cut off the adapter at the embedding or the head; resize, then attach.")
     return base_class(self).resize_token_embeddings(self, *args, **kwargs)  # type: ignore[attr-defined]
 

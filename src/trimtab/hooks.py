@@ -7,6 +7,7 @@ owner (`nn.MultiheadAttention`, raw parameters) are replaced by a property that 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator
@@ -68,7 +69,7 @@ class Leaf(nn.Module):
 
     def edits(self) -> list[Edit]:
         """Return the base parameters and their values after merging; raises AttachError where that is impossible."""
-        raise AttachError(f"{type(self.method).__name__} cannot be merged: {self.method.capabilities.merge_reason}.")
+        raise AttachError(f"{type(self.method).__name__} cannot be merged: {self.method.promises().merge_reason}.")
 
     def read_through(self) -> list[tuple[nn.Module, str, tuple[str, ...]]]:
         """Return the modules, with paths, whose parameters this leaf replaces during the target's forward."""
@@ -184,6 +185,17 @@ def _train_of(base: type[nn.Module]) -> Call:
         return self
 
     return train
+
+
+@contextlib.contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """After the `with`, every module is in the mode that it was in before."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trimtab.attachment import refuse_sharded
 from trimtab.errors import AttachError
+from trimtab.hooks import keeping_modes
 from trimtab.quantized import is_packed
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def merge_leaves(adapter: Adapter, untie: bool, probe: Any) -> Receipt:
         raise AttachError(f"adapter {adapter.name!r} is merged already.")
     adapter.attached.refuse_merged("merging another")
     for part in adapter.parts:
-        capabilities = part.method.capabilities
+        capabilities = part.method.promises()
         if capabilities.merge == "none":
             raise AttachError(f"{type(part.method).__name__} cannot be merged: {capabilities.merge_reason}.")
         part.method.before_merge(part)
@@ -160,11 +161,7 @@ def _outputs(model: nn.Module, probe: Any) -> list[Tensor]:
     """Return the floating-point outputs for a probe; none without one."""
     if probe is None:
         return []
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    with torch.no_grad():
-        output = model(**probe)
-    for module, mode in modes.items():
-        module.training = mode
+    with keeping_modes(model), torch.no_grad():
+        output = model.eval()(**probe)
     values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else [output]
     return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]

@@ -63,7 +63,7 @@ def plan(model: nn.Module, method: Method) -> Plan:
     parts = resolved_parts(structure, method)
     rows = tuple(row for part in parts for row in part.rows())
     trainable = sum(row.trainable for row in rows)
-    specs = [spec for part in parts for group in (part.shared_specs, *part.specs.values()) for spec in group.values()]
+    specs = [spec for part in parts for _, spec in part.named_specs()]
     stored = 4 * sum(math.prod(spec.shape) for spec in specs)
     coverage = _coverage(structure, parts)
     base = sum(entry.numbers for entry in coverage)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -55,6 +56,11 @@ def whole(tensor: Tensor) -> Tensor:
     """Return the tensor itself, or gathered where processes hold shards of it: then all of them must call this."""
     sharded: Any = tensor
     return sharded.full_tensor() if is_sharded(tensor) else tensor
+
+
+def for_file(tensor: Tensor) -> Tensor:
+    """Return the whole tensor as files hold it: on the processor, contiguous, not recorded."""
+    return whole(tensor.detach()).cpu().contiguous()
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -120,27 +126,21 @@ def plain_numbers(tensor: Any) -> Tensor:
     return tensor.dequantize() if packed else tensor  # type: ignore[no-any-return]
 
 
-class _NotRepacked:
-    """Keeps one bitsandbytes map from repacking its weight for inference on this CPU; `remove` gives that back.
+def keep_from_repacking(model: nn.Module) -> list[Callable[[], object]]:
+    """Keep 4-bit weights in the form that can be trained beside; returns what undoes it. Raises AttachError if lost.
 
     On processors with AVX512-BF16 bitsandbytes replaces a 4-bit weight at the first forward in evaluation mode by a
     form that rounds its scales to bfloat16 and lets no gradient through, for good.
     """
-
-    def __init__(self, module: Any) -> None:
-        self.module, self.own = module, module.support_avx512bf16_for_cpu
-        module.support_avx512bf16_for_cpu = False
-
-    def remove(self) -> None:
-        self.module.support_avx512bf16_for_cpu = self.own
-
-
-def keep_from_repacking(model: nn.Module) -> list[Any]:
-    """Keep 4-bit weights in the form that can be trained beside; returns handles. Raises AttachError if it is lost."""
-    maps = [(path, m) for path, m in model.named_modules() if "support_avx512bf16_for_cpu" in m.__dict__]
-    for path, module in maps:
-        _refuse_repacked(repr(path), module.weight.quant_state)
-    return [_NotRepacked(module) for _, module in maps]
+    name, undo = "support_avx512bf16_for_cpu", []
+    for path, module in model.named_modules():
+        if name in module.__dict__:
+            held: Any = module
+            _refuse_repacked(repr(path), held.weight.quant_state)
+            undo.append(functools.partial(setattr, module, name, module.__dict__[name]))
+    for call in undo:
+        setattr(call.args[0], name, False)
+    return list(undo)
 
 
 def _refuse_repacked(where: str, quant_state: Any) -> None:

@@ -16,7 +16,7 @@ from trimtab.attach import build, check_arguments, resolved_part
 from trimtab.errors import AdapterFileError, TargetError, TrimtabError
 from trimtab.fingerprint import difference, fingerprint
 from trimtab.method import Method
-from trimtab.quantized import placed_like, whole
+from trimtab.quantized import placed_like
 from trimtab.structure import Structure
 from trimtab.targets import Item
 from trimtab.version import __version__
@@ -32,7 +32,7 @@ def save_adapter(adapter: Adapter, path: str | Path, training: bool, write: bool
     for name, tensor, spec in adapter.named_tensors():
         if tuple(tensor.shape) != spec.shape:
             raise AdapterFileError(f"{path}: {name!r} has shape {tuple(tensor.shape)}, not {spec.shape}; gather it.")
-    tensors = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in adapter.file_tensors(training)}
+    tensors = dict(adapter.file_tensors(training))
     with contextlib.ExitStack() as unmerged:  # the base itself is meant, also while adapters are merged into it
         for other in attached_adapters(adapter.model).values():
             unmerged.enter_context(other.disabled())
@@ -60,7 +60,7 @@ def _places(adapter: Adapter) -> list[list[str]]:
 
 
 def _seeded(adapter: Adapter) -> dict[str, str]:
-    return {name: digest(whole(tensor)) for name, tensor, spec in adapter.named_tensors() if spec.stored == "seed"}
+    return {name: digest(tensor) for name, tensor, spec in adapter.named_tensors() if spec.stored == "seed"}
 
 
 def replaced_by(parts: list[Part]) -> set[str]:
@@ -140,9 +140,7 @@ def _check_shapes(tensors: dict[str, Tensor], parts: list[Part]) -> None:
     """Compare what the file holds with what the model needs, before any of it is made."""
     left = dict(tensors)
     for part in parts:
-        specs = [(f"{part.index}/shared/{name}", spec) for name, spec in part.shared_specs.items()]
-        specs += [(f"{part.index}/{s}/{name}", spec) for s in part.specs for name, spec in part.specs[s].items()]
-        for name, spec in specs:
+        for name, spec in part.named_specs():
             if spec.stored == "always" and name not in left:
                 raise TrimtabError(f"the tensor {name!r} is missing.")
             if spec.stored in ("always", "training") and name in left and (found := left.pop(name).shape) != spec.shape:

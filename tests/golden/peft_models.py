@@ -143,6 +143,18 @@ def beside_peft(
     return Beside(model, adapter, wrapped, pairs)
 
 
+def assert_dropout_draws_as_in_peft(beside: Beside) -> None:
+    """With one seed, the linear layers of both drop the same numbers in training, and none in evaluation."""
+    x = torch.randn(5, 8, dtype=torch.float64)
+    outputs = []
+    for layer in (beside.model.linear, beside.wrapped.base_model.model.linear):
+        layer.train()
+        torch.manual_seed(4)
+        outputs.append(layer(x))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-12)
+    assert (outputs[0] - beside.model.linear.eval()(x)).abs().max() > 1e-2
+
+
 def assert_starts_as_in_peft(beside: Beside) -> None:
     """Every tensor of ours starts with the values of peft's; for starts that are not random."""
     for pair in beside.pairs:

@@ -10,6 +10,7 @@ import torch
 import trimtab
 from golden.peft_models import (
     Pair,
+    assert_dropout_draws_as_in_peft,
     assert_gradients_are_those_of_differences,
     assert_trains_and_merges_as_in_peft,
     beside_peft,
@@ -55,14 +56,7 @@ def test_dropout_drops_as_in_peft() -> None:
     with torch.no_grad():
         beside.pairs[0].theirs.normal_()
     beside.pairs[0].copy()
-    x = torch.randn(5, 8, dtype=torch.float64)
-    outputs = []
-    for layer in (beside.model.linear, beside.wrapped.base_model.model.linear):
-        layer.train()
-        torch.manual_seed(4)
-        outputs.append(layer(x))
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-12)
-    assert (outputs[0] - beside.model.linear.eval()(x)).abs().max() > 1e-2
+    assert_dropout_draws_as_in_peft(beside)
 
 
 @pytest.mark.parametrize("variant", ["standard", "mini", "bat"])

@@ -21,6 +21,7 @@ LEGEND = (
     "the mean of two adapters is not the mean of what they do. ✗: the contract is broken. Conv, embedding, attention "
     "and 3-D (stacked experts) are places; routing is one adapter for each row of a batch."
 )
+MARK = "<!-- not measured: 3-D is the only number -->"
 _ARXIV = re.compile(r"arXiv[: ](\d{4}\.\d{4,5})")
 
 
@@ -63,9 +64,6 @@ def _show_abilities(names: list[str] | None, json: bool, markdown: bool) -> None
 def _abilities_of(found: Mapping[str, Mapping[str, str]]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     header = ("method", *next(iter(found.values())))
     return header, tuple((name, *cells.values()) for name, cells in found.items())
-
-
-MARK = "<!-- not measured: 3-D is the only number -->"
 
 
 def capability_page(found: Mapping[str, Mapping[str, str]]) -> str:

@@ -17,7 +17,7 @@ from trimtab.attach import attach
 from trimtab.errors import TrimtabError
 from trimtab.kinds.composition import weakest
 from trimtab.kinds.weight import WeightMethod
-from trimtab.method import Batches, Capabilities, Method
+from trimtab.method import Batches, Capabilities, Method, starts_from_data
 from trimtab.quantized import is_packed, plain_numbers
 
 ROUNDING = 1e-5
@@ -96,7 +96,7 @@ class Case:
 
     def calibration(self, method: Method) -> Batches | None:
         """Return data around the case's inputs for a method that starts from data, None for any other."""
-        if not any(part.promises().requires_calibration for part in method.parts()):
+        if not starts_from_data(method):
             return None
         generator = torch.Generator().manual_seed(0)
         data = []
@@ -156,6 +156,11 @@ def attached(case: Case, method: Method, name: str = "default", seed: int = 0) -
     """Attach the method to a new model of the case, whose base stays in evaluation mode."""
     chosen = case.method(method)
     return attach(case.build(), chosen, name=name, seed=seed, base_mode="eval", calibration=case.calibration(chosen))
+
+
+def attaches(method: Method, case: Case) -> None:
+    """The method accepts the model; a model that it refuses is not asked for anything else."""
+    attached(case, method)
 
 
 def optimizer_of(adapter: Adapter, weight_decay: float = 0.0) -> torch.optim.Optimizer:

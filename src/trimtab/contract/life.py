@@ -31,7 +31,7 @@ from trimtab.contract.case import (
     trained,
 )
 from trimtab.contract.declarations import would_hold
-from trimtab.contract.sums import changes_add_up, expect_sum, follows_the_weight
+from trimtab.contract.sums import changes_add_up, expect_sum, follows_the_weight, saved, two_apart
 from trimtab.errors import TrimtabError
 from trimtab.hooks import base_state_dict
 from trimtab.method import Method
@@ -151,11 +151,11 @@ def _expect_twin(method: Method, case: Case, adapter: Adapter, model: nn.Module)
 
 def _two(method: Method, case: Case) -> tuple[nn.Module, tuple[Adapter, Adapter], tuple[Tensor, Tensor]] | None:
     """Two trained adapters on one model, and their outputs alone; None where a second one is refused as declared."""
-    apart = [trained(case, method, name, seed, steps=3 + seed) for seed, name in enumerate(("a", "b"))]
+    apart = two_apart(method, case)
     alone = (case.output(apart[0].model), case.output(apart[1].model))
     model = case.build()
     with tempfile.TemporaryDirectory() as folder:
-        files = [adapter.save(Path(folder) / f"{adapter.name}.safetensors") for adapter in apart]
+        files = saved(apart, Path(folder))
         first = load(model, files[0])
         if capabilities_of(method).additive:
             return model, (first, load(model, files[1])), alone

@@ -38,15 +38,23 @@ from trimtab.quantized import dense_weight, is_packed
 from trimtab.storage import load
 
 
+def two_apart(method: Method, case: Case) -> list[Adapter]:
+    """Return two trained adapters, each on a model of its own."""
+    return [trained(case, method, name, seed, steps=3 + seed) for seed, name in enumerate(("a", "b"))]
+
+
+def saved(adapters: list[Adapter], folder: Path) -> list[Path]:
+    """Write adapters into a folder and return their files."""
+    return [adapter.save(folder / f"{adapter.name}.safetensors") for adapter in adapters]
+
+
 def changes_add_up(method: Method, case: Case) -> None:
     """Two adapters at one site change it by the sum of their changes."""
-    model = case.build()
-    with tempfile.TemporaryDirectory() as folder:
-        apart = [trained(case, method, name, seed, steps=3 + seed) for seed, name in enumerate(("a", "b"))]
-        files = [adapter.save(Path(folder) / f"{adapter.name}.safetensors") for adapter in apart]
-        first, second = (load(model, file) for file in files)
     if case.rounding > ROUNDING:
         raise NotApplicable("what is left of a sum is lost in this model's rounding")
+    model = case.build()
+    with tempfile.TemporaryDirectory() as folder:
+        first, second = (load(model, file) for file in saved(two_apart(method, case), Path(folder)))
     if all(isinstance(part, WeightMethod) for part in method.parts()):
         expect_sum(method, case, (first, second), case.output(model))
         return

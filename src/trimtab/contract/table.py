@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from trimtab.contract import execution, files, life, quantised, samples, training, weights
-from trimtab.contract.case import Case, attached, capabilities_of
+from trimtab.contract.case import Case, attaches, capabilities_of
 from trimtab.contract.instances import small_instance
 from trimtab.contract.models import built_in_cases
 from trimtab.contract.processes import trains_distributed
@@ -97,7 +97,7 @@ def probe_capabilities(
 def _accepting(method: Method, cases: Sequence[Case]) -> Case | None:
     """The first model that accepts the method."""
     ordered = sorted(cases, key=lambda case: FIRST_CHOICE.index(case.name))
-    return next((case for case in ordered if outcome_of(_attaches, method, case, "attaches").result == "held"), None)
+    return next((case for case in ordered if outcome_of(attaches, method, case, "attaches").result == "held"), None)
 
 
 def _cell(column: Column, method: Method, place: Case | None, cases: Mapping[str, Case]) -> str:
@@ -108,15 +108,11 @@ def _cell(column: Column, method: Method, place: Case | None, cases: Mapping[str
         place = cases[column.model]
     if place is None:
         return REFUSED
-    for check in (_attaches, *column.checks):
+    for check in (attaches, *column.checks):
         result = outcome_of(check, method, place, column.name).result
         if result != "held":
             return _READ[result]
     return column.says(capabilities_of(method))
-
-
-def _attaches(method: Method, case: Case) -> None:
-    attached(case, method)
 
 
 _READ = {"refused": REFUSED, "not applicable": NOTHING, "violated": BROKEN}

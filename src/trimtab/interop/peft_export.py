@@ -33,6 +33,7 @@ from trimtab.interop.peft_format import (
 from trimtab.kinds.layouts import EmbeddingLayout, TransposedLayout
 from trimtab.kinds.selection import SelectionMethod
 from trimtab.kinds.weight import CallLeaf, ParameterSite, WeightLeaf, WeightMethod
+from trimtab.quantized import for_file
 from trimtab.structure import Structure
 
 
@@ -98,7 +99,7 @@ def _low_rank_leaves(adapter: Adapter) -> dict[str, list[WeightLeaf]]:
         for leaf in part.leaves:
             reason = _inexpressible(leaf)
             if reason is not None:
-                mergeable = part.method.capabilities.merge != "none"
+                mergeable = part.method.promises().merge != "none"
                 advice = "Save it with adapter.save(path)" + (", or merge it." if mergeable else ".")
                 raise AttachError(f"{type(part.method).__name__} cannot be written as a LoRA: {reason}. {advice}")
             assert isinstance(leaf, WeightLeaf)
@@ -111,8 +112,9 @@ def _inexpressible(leaf: Leaf) -> str | None:
     method = leaf.method
     if not isinstance(method, WeightMethod):
         return "it does not change weights"
-    if method.capabilities.merge != "exact" or method.capabilities.input_dependent:
-        return method.capabilities.merge_reason or "its change depends on the input"
+    promised = method.promises()
+    if promised.merge != "exact" or promised.input_dependent:
+        return promised.merge_reason or "its change depends on the input"
     if not isinstance(leaf, CallLeaf):
         return f"{str(leaf.site)!r} is a parameter that no layer of its own applies"
     bias = leaf.bias()
@@ -161,7 +163,7 @@ def _values(module: nn.Module, leaves: dict[str, WeightLeaf]) -> dict[str, Tenso
         stored = module._parameters[name]
         assert stored is not None
         values[name] = edit.value.to(stored.dtype)
-    return {name: value.detach().cpu().contiguous() for name, value in values.items()}
+    return {name: for_file(value) for name, value in values.items()}
 
 
 def _config(sites: list[ParameterSite], saved: tuple[str, ...], structure: Structure, rank: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import SettingError, TargetError
+from trimtab.hooks import keeping_modes
 from trimtab.kinds.activation import first_tensor
 from trimtab.kinds.layouts import Layout, TransposedLayout
 from trimtab.kinds.weight import ParameterSite, WeightLeaf
@@ -25,13 +26,14 @@ def visit_inputs(
 ) -> None:
     """Run the base, in evaluation mode, on every batch; `visit` gets each leaf with its module's input (tokens, in).
 
-    Without `padding`, tokens that the batch's own `attention_mask` (rows, tokens) leaves out are left out here too.
+    The part's sites have passed `require_linear`. Without `padding`, tokens that the batch's own `attention_mask`
+    (rows, tokens) leaves out are left out here too.
     """
-    handles = []
+    handles, model = [], part.adapter.model
     kept: list[Tensor | None] = [None]
-    for leaf in called_leaves(part):
+    for leaf in part.leaves:
 
-        def observe(module: nn.Module, args: Any, kwargs: Any, leaf: WeightLeaf = leaf) -> None:
+        def observe(module: nn.Module, args: Any, kwargs: Any, leaf: Any = leaf) -> None:
             x = first_tensor(args, kwargs)
             assert x is not None
             rows = x.detach().reshape(-1, x.shape[-1])
@@ -40,11 +42,12 @@ def visit_inputs(
 
         handles.append(leaf.target.register_forward_pre_hook(observe, with_kwargs=True))
     try:
-        with _base_alone(part), torch.no_grad():
+        with keeping_modes(model), torch.no_grad():
+            model.eval()
             for batch in _each(batches):
                 mask = batch.get("attention_mask") if isinstance(batch, Mapping) and not padding else None
                 kept[0] = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-                _call(part.adapter.model, batch)
+                _call(model, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -54,7 +57,7 @@ def weight_gradients(part: Part, batches: Batches) -> list[Tensor]:
     """Return each leaf's ∂L/∂W (*lead, out, in), averaged over the batches; the base keeps no gradient afterwards."""
     if batches.loss is None:
         raise SettingError(f"{type(part.method).__name__} needs the loss of a batch: calibration=Batches(data, loss).")
-    model, leaves = part.adapter.model, called_leaves(part)
+    model, leaves = part.adapter.model, _called_leaves(part)
     for leaf in leaves:
         if is_packed(leaf.holder, leaf.site.parameter):
             raise SettingError(
@@ -63,7 +66,8 @@ def weight_gradients(part: Part, batches: Batches) -> list[Tensor]:
             )
     weights: list[Any] = [leaf.holder._parameters[leaf.site.parameter] for leaf in leaves]
     sums, count = [torch.zeros_like(weight) for weight in weights], 0
-    with _base_alone(part), _recording(weights):
+    with keeping_modes(model), _recording(weights):
+        model.eval()
         for batch in _each(batches):
             count += 1
             for total, gradient in zip(sums, torch.autograd.grad(batches.loss(model, batch), weights), strict=True):
@@ -93,7 +97,7 @@ def require_linear(method: str, site: ParameterSite) -> None:
         )
 
 
-def called_leaves(part: Part) -> list[WeightLeaf]:
+def _called_leaves(part: Part) -> list[WeightLeaf]:
     """Return the part's leaves, all beside the call of a linear map; raises SettingError for a weight only read."""
     leaves = [leaf for leaf in part.leaves if isinstance(leaf, WeightLeaf)]
     unseen = next((leaf for leaf in leaves if not leaf.site.called), None)
@@ -103,18 +107,6 @@ def called_leaves(part: Part) -> list[WeightLeaf]:
             f"that {type(unseen.target).__name__} reads by itself; leave it out of the targets."
         )
     return leaves
-
-
-@contextlib.contextmanager
-def _base_alone(part: Part) -> Iterator[None]:
-    """The base in evaluation mode; the adapter that is being built is not active."""
-    modes = {module: module.training for module in part.adapter.model.modules()}
-    part.adapter.model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _each(batches: Batches) -> Iterator[Any]:

@@ -1,10 +1,11 @@
-"""Where some activation methods act inside a block: at the residual's norm, at single heads, in named roles."""
+"""Where some methods act inside a block: at the residual's norm, at single heads, in named roles."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from trimtab.method import Targets
+from trimtab.errors import TargetError
+from trimtab.method import Method, Targets
 from trimtab.quantized import linear_features
 from trimtab.structure import Attention, FeedForward, Structure, is_norm
 from trimtab.targets import ROLES, split_clauses
@@ -63,3 +64,16 @@ def named_roles(targets: Targets) -> set[str]:
     expressions = (targets,) if isinstance(targets, str) else targets
     names = (clause.split("[")[0] for expression in expressions for _, clause in split_clauses(expression))
     return {name for name in names if name in ROLES}
+
+
+def refuse_part_of_fused(method: Method, structure: Structure, path: str) -> None:
+    """Stop where a weight method's targets say "query" and mean a matrix that computes query, key and value in one."""
+    roles, parts = named_roles(vars(method)["targets"]), {"query", "key", "value"}
+    asked = roles & parts
+    if not asked or asked == parts or roles & {"attention", "all-linear"}:
+        return
+    if any(path == attention.fused for attention in structure.attentions):
+        raise TargetError(
+            f"{path!r} computes query, key and value in one matrix, so {type(method).__name__} would adapt all "
+            f"three, not only {' and '.join(sorted(asked))}. Name all three, or the module itself."
+        )

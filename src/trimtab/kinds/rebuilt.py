@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trimtab.kinds.weight import WeightLeaf
@@ -33,7 +33,7 @@ def fused_by_rebuilding(leaf: WeightLeaf, x: Tensor, rebuild: Rebuild, *tensors:
     """
     target: Any = leaf.target
     if not target.weight.dtype == x.dtype == tensors[0].dtype:
-        return leaf.method.forward(leaf, x, nn.Linear.forward(target, x))
+        return leaf.method.unfused(leaf, x)
     return linear_with_rebuilt_weight(x, target.bias, rebuild, target.weight, *tensors)
 
 

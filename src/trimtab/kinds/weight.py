@@ -15,7 +15,7 @@ from trimtab.hooks import Call, Leaf, base_class
 from trimtab.kinds.layouts import ConvolutionLayout, EmbeddingLayout, Layout, callable_alone, layout_of
 from trimtab.kinds.lowrank import Factors as Factors
 from trimtab.kinds.lowrank import add_update, linear_with_update
-from trimtab.kinds.placement import named_roles
+from trimtab.kinds.placement import refuse_part_of_fused
 from trimtab.kinds.sites import Companion, other_holders
 from trimtab.kinds.transforms import transformed
 from trimtab.merge import Edit
@@ -233,21 +233,9 @@ class WeightMethod(Method):
     def sites(self, structure: Structure, targets: Targets) -> list[ParameterSite]:
         found = [parameter_site(structure, item) for item in resolve(structure, targets)]
         for site in found:
-            self._refuse_part_of_fused(structure, site)
+            refuse_part_of_fused(self, structure, site.path)
             self.check_site(site)
         return found
-
-    def _refuse_part_of_fused(self, structure: Structure, site: ParameterSite) -> None:
-        """Stop where the targets say "query" and mean a matrix that computes query, key and value in one."""
-        roles, parts = named_roles(vars(self)["targets"]), {"query", "key", "value"}
-        asked = roles & parts
-        if not asked or asked == parts or roles & {"attention", "all-linear"}:
-            return
-        if any(site.path == attention.fused for attention in structure.attentions):
-            raise TargetError(
-                f"{site.path!r} computes query, key and value in one matrix, so {type(self).__name__} would adapt all "
-                f"three, not only {' and '.join(sorted(asked))}. Name all three, or the module itself."
-            )
 
     def check_site(self, site: ParameterSite) -> None:
         """Refuse a site this method cannot act on; raises TargetError."""
@@ -274,6 +262,10 @@ class WeightMethod(Method):
         factors = self.factors(leaf)
         assert factors is not None
         return linear_with_update(x, target.weight, target.bias, factors, leaf.training)
+
+    def unfused(self, leaf: WeightLeaf, x: Tensor) -> Tensor:
+        """Return what `forward` makes of the base's own product, for a `fused` that cannot do better."""
+        return self.forward(leaf, x, nn.Linear.forward(leaf.target, x))  # type: ignore[arg-type]
 
     def forward(self, leaf: WeightLeaf, x: Tensor, y: Tensor) -> Tensor:
         """Return the output for input x, where y is the base module's output."""

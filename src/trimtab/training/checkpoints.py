@@ -20,7 +20,7 @@ from torch import Tensor
 from trimtab.adapter import Adapter
 from trimtab.adapter_file import file_bytes, write_atomically
 from trimtab.errors import AdapterFileError, SettingError
-from trimtab.quantized import placed_like, whole
+from trimtab.quantized import for_file, placed_like
 from trimtab.storage import refill, save_adapter
 from trimtab.training.metrics import Metrics
 from trimtab.training.randomness import RandomState
@@ -150,7 +150,7 @@ def _optimizer_state(adapter: Adapter, optimizer: torch.optim.Optimizer) -> tupl
     for name, parameter in adapter.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer/{name}/{key}"] = whole(value.detach()).cpu().contiguous()
+                tensors[f"optimizer/{name}/{key}"] = for_file(value)
             else:
                 values.setdefault(name, {})[key] = value
     return tensors, values

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from trimtab.adapter import Adapter
 from trimtab.errors import SettingError, TrainingError
 from trimtab.extras import require
+from trimtab.hooks import keeping_modes
 from trimtab.quantized import placed_like, whole
 from trimtab.storage import save_adapter
 from trimtab.training.batches import Loader, make_loader
@@ -274,16 +275,14 @@ def _loader(data: Encoded, settings: LoopSettings) -> Loader:
 @contextlib.contextmanager
 def _training(accelerator: Any, adapter: Adapter, wrapped: Any) -> Iterator[None]:
     """Hold the model in training mode; afterwards it is the user's own again, and the adapter free of the optimizer."""
-    modes = [(module, module.training) for module in adapter.model.modules()]
-    wrapped.train()
-    try:
-        yield
-    finally:
-        if adapter.binding is not None:
-            adapter.binding.release()
-        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-        for module, mode in modes:
-            module.training = mode
+    with keeping_modes(adapter.model):
+        wrapped.train()
+        try:
+            yield
+        finally:
+            if adapter.binding is not None:
+                adapter.binding.release()
+            accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
 
 
 def _kept(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from trimtab.errors import TrainingError
+from trimtab.hooks import keeping_modes
 
 NORMAL_QUANTILE = 1.959963984540054  # of 97.5 %: two-sided 95 %
 
@@ -93,11 +94,6 @@ def sum_finite(losses: Sequence[float]) -> float:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
     """Switch every module to evaluation and gradients off; yield the model's device; restore each module's own mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield next(model.parameters()).device
-    finally:
-        for module, training in modes:
-            module.training = training
+    with keeping_modes(model), torch.no_grad():
+        model.eval()
+        yield next(model.parameters()).device

@@ -17,7 +17,7 @@ from trimtab.adapter_file import digest
 from trimtab.errors import SettingError, TrainingError
 from trimtab.extras import require
 from trimtab.fingerprint import fingerprint
-from trimtab.quantized import is_sharded, whole
+from trimtab.quantized import is_sharded
 from trimtab.storage import replaced_by
 
 Item = TypeVar("Item")
@@ -166,7 +166,7 @@ def _check_sharding(plugin: Any, task: str) -> None:
 
 
 def _check_same(adapter: Adapter) -> None:
-    tensors = {name: digest(whole(tensor.detach())) for name, tensor, _ in adapter.named_tensors()}
+    tensors = {name: digest(tensor) for name, tensor, _ in adapter.named_tensors()}
     described = json.dumps([fingerprint(adapter.model, replaced_by(adapter.parts)), tensors], sort_keys=True)
     own = hashlib.sha256(described.encode()).hexdigest()
     found = require("accelerate.utils", "hf").gather_object([own])

@@ -15,7 +15,7 @@ from trimtab.adapter import Adapter
 from trimtab.adapter_file import FILE_NAME
 from trimtab.attach import attach
 from trimtab.errors import SettingError
-from trimtab.method import Batches, Method
+from trimtab.method import Batches, Method, starts_from_data
 from trimtab.storage import load
 from trimtab.training.batches import Loader, make_loader
 from trimtab.training.checkpoints import newest_checkpoint
@@ -111,7 +111,7 @@ def prepare(settings: RunSettings) -> Run:
 
 def _calibration(method: Method, training: Encoded, settings: RunSettings) -> Batches | None:
     """Return the first batches of the training data for a method that starts from data, None for any other."""
-    if not any(part.promises().requires_calibration for part in method.parts()):
+    if not starts_from_data(method):
         return None
     loader = make_loader(training, settings.loop.batch_size, seed=settings.loop.seed)
     return Batches(list(itertools.islice(loader, CALIBRATION_BATCHES)), lambda model, batch: model(**batch).loss)

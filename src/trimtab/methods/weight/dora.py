@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.kinds.initial import lora_start
 from trimtab.kinds.lowrank import add_update, lora_scale
@@ -67,7 +67,7 @@ class DoRA(WeightMethod):
 
     def fused(self, leaf: WeightLeaf, x: Tensor) -> Tensor:
         if leaf.training and self.dropout > 0.0:
-            return self.forward(leaf, x, nn.Linear.forward(leaf.target, x))  # type: ignore[arg-type]
+            return self.unfused(leaf, x)
         return self._rescaled(leaf, super().fused(leaf, x))
 
     def forward(self, leaf: WeightLeaf, x: Tensor, y: Tensor) -> Tensor:

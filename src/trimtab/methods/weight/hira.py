@@ -51,7 +51,7 @@ class HiRA(WeightMethod):
 
     def fused(self, leaf: WeightLeaf, x: Tensor) -> Tensor:
         if leaf.training and self.dropout > 0.0:
-            return self.forward(leaf, x, torch.nn.Linear.forward(leaf.target, x))  # type: ignore[arg-type]
+            return self.unfused(leaf, x)
         return linear_with_dense_update(leaf, x, self.delta(leaf))
 
     def forward(self, leaf: WeightLeaf, x: Tensor, y: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.errors import SettingError
 from trimtab.kinds.rebuilt import fused_by_rebuilding
@@ -80,7 +80,7 @@ class HUT(WeightMethod):
         if self.segments > 1:
             return self._shifted(leaf, fused_by_rebuilding(leaf, x, _changed, leaf.A, leaf.B, *self._gamma(leaf)))
         if not target.weight.dtype == x.dtype == leaf.A.dtype:
-            return self.forward(leaf, x, nn.Linear.forward(target, x))
+            return self.unfused(leaf, x)
         scale = 1.0 + leaf.B.squeeze(0)  # (out,)
         scale = scale * (1.0 + leaf.gamma) if self.scale_shift else scale
         output = F.linear(x + x * leaf.A.squeeze(1), target.weight) * scale

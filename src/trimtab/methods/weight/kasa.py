@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.adapter import Part
 from trimtab.errors import SettingError
@@ -87,7 +87,7 @@ class KaSA(WeightMethod):
 
     def fused(self, leaf: WeightLeaf, x: Tensor) -> Tensor:
         if leaf.training and self.dropout > 0.0:
-            return self.forward(leaf, x, nn.Linear.forward(leaf.target, x))  # type: ignore[arg-type]
+            return self.unfused(leaf, x)
         return super().fused(leaf, x)
 
     def forward(self, leaf: WeightLeaf, x: Tensor, y: Tensor) -> Tensor:

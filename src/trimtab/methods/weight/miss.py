@@ -77,7 +77,7 @@ class MiSS(WeightMethod):
     def fused(self, leaf: WeightLeaf, x: Tensor) -> Tensor:
         if self.variant == "bat":
             return linear_with_dense_update(leaf, x, self.delta(leaf))
-        return self.forward(leaf, x, torch.nn.Linear.forward(leaf.target, x))  # type: ignore[arg-type]
+        return self.unfused(leaf, x)
 
     def forward(self, leaf: WeightLeaf, x: Tensor, y: Tensor) -> Tensor:
         x = x.to(leaf.D.dtype)
