@@ -56,7 +56,7 @@ def creates_bias(method: Method, case: Case) -> bool | None:
     """Whether merging creates a bias in the model without those of its maps; None where it has none, or needs them."""
     bare = dataclasses.replace(case, build=partial(without_biases, case.build))
     try:
-        bare.forward(bare.build())
+        bare.forward(bare.build().requires_grad_(False))  # as under an adapter: torch chooses its kernels by this
     except (AttributeError, RuntimeError, TypeError):
         return None
     if len(list(bare.build().parameters())) == len(list(case.build().parameters())):
