@@ -150,6 +150,7 @@ def test_every_method_is_listed_with_kind_and_paper(trimtab: Trimtab) -> None:
     assert set(listed) == set(tt.methods())
     assert (listed["LoRA"]["kind"], listed["LoRA"]["paper"]) == ("weight", "arXiv 2106.09685")
     assert (listed["Compose"]["kind"], listed["BitFit"]["kind"]) == ("composition", "selection")
+    assert (listed["PiSSA"]["kind"], listed["OFT"]["kind"]) == ("weight", "weight")  # by way of what several share
     assert listed["PromptTuning"]["capabilities"]["merge"] == "none"
     table = CliRunner().invoke(app, ["methods"])
     assert table.exit_code == 0

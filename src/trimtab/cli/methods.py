@@ -13,6 +13,7 @@ import typer
 from trimtab.cli.console import Grid, note, show, show_json
 from trimtab.cli.options import AsJson
 from trimtab.cli.settings import describe_settings
+from trimtab.kinds import ENGINES
 from trimtab.method import Method, find_method
 from trimtab.method import methods as catalogue
 
@@ -85,7 +86,7 @@ def kind_of(cls: type[Method]) -> str:
     """Return the engine that a method is built on: weight, activation, …; 'composition' for one without."""
     for base in cls.__mro__:
         package, _, kind = base.__module__.rpartition(".")
-        if package == "trimtab.kinds":
+        if package == "trimtab.kinds" and kind in ENGINES:
             return kind
     return "composition"
 
