@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,10 @@ class Setup:
 
 
 def set_up(name: str, dropout: float = 0.1) -> Setup:
-    """Attach the small instance of a method to the first model that accepts it."""
+    """Attach the small instance of a method to the first model that accepts it; without dropout, its own is 0 too."""
     reasons, method = [], instance(name)
+    if dropout == 0.0 and "dropout" in {field.name for field in dataclasses.fields(method)}:
+        method = replace(method, dropout=0.0)  # type: ignore[call-arg]
     for model in MODELS:
         entry = zoo.ZOO[model](3, dropout)
         data = tt.Batches([entry.inputs], lambda model, _, entry=entry: entry.loss(model))

@@ -543,6 +543,16 @@ def test_a_promise_that_is_refused_everywhere_fails() -> None:
     assert [refusal.detail for refusal in report.refusals] == ["not today"]
 
 
+def test_a_promise_that_no_model_shows_fails() -> None:
+    method = instance("PfeifferAdapter")  # starts less than 1 % away from the base
+    with promising(method, starts_at_base="no"):
+        report = run_contract(method, [BUILT_IN["transformer"]], ["starts_as_declared"])
+    (violation,) = report.violations
+    assert str(violation).startswith(
+        "PfeifferAdapter on 'every model', starts_as_declared: violated: shown nowhere: starts_at_base='no', but here"
+    )
+
+
 def test_a_refusal_is_reported_with_its_text_and_does_not_count() -> None:
     report = tt.check_method(
         tt.BitFit, invariants=["starts_as_declared"], models=[*BUILT_IN.values(), zoo_cases()["llama"]]

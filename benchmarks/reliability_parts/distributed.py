@@ -65,8 +65,8 @@ def _way(way: str, pairs: Pairs) -> Row:
         f"{figures:.1e}; refused with a reason: {', '.join(refused) or 'none'}"
     )
     asked = (
-        f"losses and figures of one process within {runs.TOLERANCE:.0e}, one gathered file that one process can load, "
-        f"resumed to the same bits"
+        f"losses and figures of one process within {runs.TOLERANCE:.0e}, or {runs.AMPLIFICATION} times the rounding of "
+        f"one process; one gathered file that one process can load, resumed to the same bits"
     )
     return Row(
         f"Two processes with {way}, same global batch",

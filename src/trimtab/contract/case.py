@@ -37,6 +37,10 @@ class NotApplicable(Exception):
     """The invariant says nothing about this method on this model; the reason is its text."""
 
 
+class Undecided(NotApplicable):
+    """This model cannot decide it: another one has to, or the promise counts as broken."""
+
+
 def itself(output: Any) -> Any:
     """Return the output: for models whose forward returns the tensor itself."""
     return output

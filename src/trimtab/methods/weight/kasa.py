@@ -44,7 +44,7 @@ class KaSA(WeightMethod):
     compat: Literal["paper", "official"] = setting("paper", "truncation and penalty of the paper, or of its code")
     targets: Targets = setting("all-linear", "places to adapt")
 
-    capabilities = Capabilities(starts_at_base="approximate", merge="exact", additive=False, requires_binding=True)
+    capabilities = Capabilities(starts_at_base="no", merge="exact", additive=False, requires_binding=True)
 
     def promises(self) -> Capabilities:
         return replace(self.capabilities, requires_binding=self.beta > 0.0 or self.gamma > 0.0)
