@@ -88,12 +88,15 @@ def expect_sum(method: Method, case: Case, both: tuple[Adapter, Adapter], togeth
 
 
 def follows_the_weight(method: Method, case: Case) -> bool:
-    """Say whether a weight method's change is another one for another base weight: two such changes have no sum."""
+    """Say whether a weight method's change is another one for another base weight: two such changes have no sum.
+
+    Packed weights cannot be doubled to see it: there the answer is that it may be, and plain models decide.
+    """
     one = trained(case, method)
-    if not all(
-        isinstance(leaf, WeightLeaf) and not is_packed(leaf.holder, leaf.site.parameter) for leaf in own_leaves(one)
-    ):
+    if not all(isinstance(leaf, WeightLeaf) for leaf in own_leaves(one)):
         return False
+    if any(is_packed(leaf.holder, leaf.site.parameter) for leaf in own_leaves(one)):
+        return True
     other = attached(dataclasses.replace(case, build=partial(_twice, case.build)), method)
     with torch.no_grad():
         for (_, value), (_, target) in zip(one.named_parameters(), other.named_parameters(), strict=True):
