@@ -8,13 +8,18 @@ A refusal is an error of the library's own that says why; a model that a method 
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import torch
+
 from reliability_parts import Row
-from trimtab.check import INVARIANTS
+from trimtab.check import INVARIANTS, attaches
 from trimtab.contract.processes import loads_in_a_new_process, trains_distributed
 from trimtab.contract.report import Outcome, outcome_of
 from trimtab.method import methods
@@ -35,30 +40,50 @@ from test_contract import (
 from trimtab.contract.declarations import promising
 
 SMALL_CASES, SMALL_METHODS = ("mlp", "llama"), ("AdaLoRA", "LoRA", "MAM", "PrefixTuning")
-COMPILED = "compiles_whole"
 
 
 def rows(full: bool) -> list[Row]:
     names = METHODS if full else list(SMALL_METHODS)
     cases = CASE_NAMES if full else list(SMALL_CASES)
-    pairs = [(name, case) for name in names for case in cases if differs(name, case)]
-    accepted = [(name, case) for name, case in pairs if acceptance(name, case).result == "held"]
-    jobs = [(instance(name), zoo_cases()[case]) for name, case in accepted]
-    attaching = [acceptance(name, case) for name, case in pairs]
-    quick = [name for name in INVARIANTS if name != COMPILED]
     shape = f"{len(names)} methods × {len(cases)} models"
+    found = _by_invariant(names, cases)
+    attaching = found.pop(attaches.__name__)
+    accepted = [outcome for outcome in attaching if outcome.result == "held"]
+    jobs = [(instance(outcome.method), zoo_cases()[outcome.case]) for outcome in accepted]
     return [
         _row(f"{shape}: attach, or refuse with a reason", attaching),
-        *(_row(f"{shape}: {name}", _outcomes(jobs, name)) for name in quick),
-        _row(f"{shape}: torch.compile as one graph (aot_eager)", _outcomes(jobs, COMPILED)),
+        *(_row(f"{shape}: {_told(invariant)}", outcomes) for invariant, outcomes in found.items()),
         _row(f"{shape}: the same bits in a new process", loads_in_a_new_process(jobs)),
         *_distributed(shape, trains_distributed(jobs)),
         _declarations(names),
     ]
 
 
-def _outcomes(jobs: Iterable[tuple[object, object]], name: str) -> list[Outcome]:
-    return [outcome_of(INVARIANTS[name], method, case, name) for method, case in jobs]  # type: ignore[arg-type]
+def _by_invariant(names: list[str], cases: list[str]) -> dict[str, list[Outcome]]:
+    """Every outcome of every invariant; each core takes one method at a time."""
+    found: dict[str, list[Outcome]] = {}
+    cores = len(os.sched_getaffinity(0))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(cores, context, torch.set_num_threads, (1,), max_tasks_per_child=8) as pool:
+        for outcomes in pool.map(_of_method, names, [cases] * len(names)):
+            for outcome in outcomes:
+                found.setdefault(outcome.invariant, []).append(outcome)
+    return found
+
+
+def _of_method(name: str, cases: list[str]) -> list[Outcome]:
+    outcomes = []
+    for case in (case for case in cases if differs(name, case)):
+        attaching = acceptance(name, case)
+        outcomes.append(attaching)
+        if attaching.result == "held":
+            method, model = instance(name), zoo_cases()[case]
+            outcomes += [outcome_of(check, method, model, invariant) for invariant, check in INVARIANTS.items()]
+    return outcomes
+
+
+def _told(invariant: str) -> str:
+    return "torch.compile as one graph (aot_eager)" if invariant == "compiles_whole" else invariant
 
 
 def _distributed(shape: str, outcomes: list[Outcome]) -> list[Row]:
