@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,11 +46,10 @@ def lora_pairs(adapter: trimtab.Adapter, wrapped: Any, places: tuple[str, ...]) 
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("rank_stabilized", [False, True])
-def test_lora_trains_as_in_peft(place: str, rank_stabilized: bool) -> None:
-    method = trimtab.LoRA(rank=4, alpha=6, rank_stabilized=rank_stabilized, targets=place)
-    model, adapter, bare = twins(method)
-    config = peft.LoraConfig(r=4, lora_alpha=6, use_rslora=rank_stabilized, target_modules=[place])
+@pytest.mark.parametrize("cls", [trimtab.LoRA, trimtab.RsLoRA, trimtab.LoRAPlus])
+def test_lora_trains_as_in_peft(place: str, cls: Callable[..., trimtab.Method]) -> None:
+    model, adapter, bare = twins(cls(rank=4, alpha=6, targets=place))
+    config = peft.LoraConfig(r=4, lora_alpha=6, use_rslora=cls is trimtab.RsLoRA, target_modules=[place])
     wrapped = peft.get_peft_model(bare, config)
     pairs = lora_pairs(adapter, wrapped, (place,))
     randomise(pair.theirs for pair in pairs)
@@ -168,9 +169,10 @@ def test_stacked_experts_train_as_in_peft() -> None:
         assert pair.ours.grad.abs().max() > 1e-2
 
 
-def test_loraplus_groups_are_those_of_peft() -> None:
+@pytest.mark.parametrize("method", [trimtab.LoRA(rank=2, b_lr_ratio=16.0), trimtab.LoRAPlus(rank=2)])
+def test_loraplus_groups_are_those_of_peft(method: Any) -> None:
     places = ("linear", "transposed", "plain")
-    _, adapter, bare = twins(trimtab.LoRA(rank=2, b_lr_ratio=16.0, targets=" | ".join(places)))
+    _, adapter, bare = twins(replace(method, targets=" | ".join(places)))
     wrapped = peft.get_peft_model(bare, peft.LoraConfig(r=2, target_modules=list(places)))
     optimizer = loraplus.create_loraplus_optimizer(
         wrapped, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1

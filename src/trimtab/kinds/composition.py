@@ -6,12 +6,20 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from trimtab.method import Capabilities, Method, find_method
+from trimtab.errors import SettingError
+from trimtab.method import Capabilities, Method, Spec, find_method
 
 _ORDER = ("exact", "approximate", "no", "none")
 _ALL = ("linear_in_parameters", "additive", "causal_safe", "cached_generation", "quantized_base", "routable",
         "per_sample_gradients", "keeps_base", "checkpointing")  # fmt: skip
 _ANY = ("input_dependent", "creates_bias", "requires_binding")
+
+
+class Composition(Method):
+    """A method that consists of others: a subclass says of which in `parts`."""
+
+    def tensors(self, site: object) -> dict[str, Spec]:
+        raise SettingError("a composition has no sites of its own; its parts have.")
 
 
 def make_method(name: str, settings: Mapping[str, object]) -> Method:

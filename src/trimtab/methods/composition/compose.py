@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trimtab.errors import SettingError
-from trimtab.kinds.composition import weakest
-from trimtab.method import Capabilities, Method, Spec, fits
+from trimtab.kinds.composition import Composition, weakest
+from trimtab.method import Capabilities, Method, fits
 
 
 @dataclass(frozen=True, init=False)
-class Compose(Method):
+class Compose(Composition):
     """Several methods as one adapter: attached, trained, saved and disabled together.
 
     `Compose(PrefixTuning(length=30), ParallelAdapter(bottleneck=512))`. Each part keeps its own targets; parts that
@@ -37,6 +37,3 @@ class Compose(Method):
     def validate(self) -> None:
         if not self.parts():
             raise SettingError("Compose() needs at least one method.")
-
-    def tensors(self, site: object) -> dict[str, Spec]:
-        raise SettingError("a composition has no sites of its own; its parts have.")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trimtab.errors import SettingError
-from trimtab.kinds.composition import make_method
-from trimtab.method import Capabilities, Method, Spec, setting
+from trimtab.kinds.composition import Composition, make_method
+from trimtab.method import Capabilities, Method, setting
 
 
 @dataclass(frozen=True)
-class MAM(Method):
+class MAM(Composition):
     """MAM adapter: Towards a Unified View of Parameter-Efficient Transfer Learning. He et al. 2021, arXiv 2110.04366.
 
     Prefix tuning with few positions l at every attention, and the scaled parallel adapter of width m beside every
@@ -35,6 +34,3 @@ class MAM(Method):
     def parts(self) -> tuple[Method, ...]:
         branch = {"bottleneck": self.bottleneck, "scale": self.scale, "dropout": self.dropout}
         return make_method("PrefixTuning", {"length": self.prefix_length}), make_method("ParallelAdapter", branch)
-
-    def tensors(self, site: object) -> dict[str, Spec]:
-        raise SettingError("a composition has no sites of its own; its parts have.")
