@@ -23,7 +23,8 @@ from trimtab.check import built_in_cases
 from trimtab.contract.instances import small_instance
 from trimtab.errors import AttachError, TargetError
 from trimtab.interop.transformers import TrimtabTrainer
-from trimtab.method import methods, starts_from_data
+from trimtab.kinds.calibration import starts_from_data
+from trimtab.method import methods
 from trimtab.training.causal_lm import CausalLM
 from trimtab.training.checkpoints import STATE_NAME, newest_checkpoint
 from trimtab.training.classification import Classification

@@ -361,6 +361,43 @@ def test_a_tensor_without_gradient_is_named_at_the_second_step() -> None:
         optimizer.step()
 
 
+def test_a_gradient_that_is_no_number_is_named_as_such() -> None:
+    model, adapter = attached(trimtab.LoRA(rank=2))
+    optimizer = adamw(adapter)
+    adapter.bind(optimizer)
+    (loss_of(model, 0) * float("nan")).backward()
+    with pytest.raises(
+        trimtab.TrainingError, match=r"the gradient of '0/0:weight/A' is not finite in one of the first two steps"
+    ):
+        optimizer.step()
+
+
+def test_a_step_beyond_the_end_of_the_schedule_stops() -> None:
+    model, adapter = attached()
+    optimizer = adamw(adapter)
+    adapter.bind(optimizer, total_steps=TOTAL)
+    run(model, optimizer, 0, TOTAL)
+    before = tensors(adapter)
+    with pytest.raises(trimtab.TrainingError, match="bound for total_steps=12, and this is another step: its schedule"):
+        run(model, optimizer, TOTAL, TOTAL + 1)
+    assert_equal(tensors(adapter), before)
+
+
+def test_only_an_attached_and_unmerged_adapter_is_bound() -> None:
+    model, adapter = attached(trimtab.LoRA(rank=2))
+    optimizer = adamw(adapter)
+    adapter.bind(optimizer)
+    run(model, optimizer, 0, 2)
+    assert adapter.binding is not None
+    adapter.binding.release()
+    adapter.merge()
+    with pytest.raises(trimtab.AttachError, match="'default' is merged into this model; unmerge it before training"):
+        adapter.bind(optimizer)
+    adapter.detach()
+    with pytest.raises(trimtab.TrainingError, match="adapter 'default' is not attached any more"):
+        adapter.bind(optimizer)
+
+
 def test_an_optimizer_without_the_parameters_is_refused() -> None:
     _, adapter = attached(trimtab.LoRA(rank=2, targets="0 | 2"))
     optimizer = torch.optim.SGD([next(adapter.parameters())], lr=0.1)

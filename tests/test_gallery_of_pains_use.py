@@ -104,6 +104,8 @@ def test_peft_804_a_mixed_batch_gives_each_row_its_own_adapter(method: tt.Method
         adapter.active = True
         alone[name] = entry.output()
         adapter.active = False
+    for adapter in tt.adapters(entry.model).values():
+        adapter.active = True
     with tt.route(entry.model, ["billing", None, "returns"]):
         routed = entry.output()
     for row, expected in enumerate((alone["billing"], base, alone["returns"])):

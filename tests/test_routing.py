@@ -400,6 +400,62 @@ def test_adapters_inside_a_recurrent_network_are_not_routed() -> None:
         entry.output()
 
 
+def test_an_inactive_or_disabled_adapter_takes_no_part_in_a_route() -> None:
+    entry = without_labels("bert")
+    base = entry.output()
+    adapters = attached(entry, LORA)
+    with trimtab.route(entry.model, ["first", None, "first"]), adapters["first"].disabled():
+        assert torch.equal(entry.output(), base)
+    text = r"route: adapter 'first' is inactive or disabled; set its `active` to True first\."
+    with (
+        adapters["first"].disabled(),
+        pytest.raises(trimtab.AttachError, match=text),
+        trimtab.route(entry.model, ROWS),
+    ):
+        pass
+
+
+def test_a_batch_of_other_rows_than_the_route_s_stops() -> None:
+    entry = without_labels("llama")
+    attached(entry, LORA)
+    text = r"route was given 3 rows, but the model returned 6: name one adapter .*, or route\(…, repeats=n\)"
+    twice = {name: value.repeat_interleave(2, dim=0) for name, value in entry.inputs.items()}
+    with trimtab.route(entry.model, ROWS):
+        expected = entry.output()
+        with pytest.raises(trimtab.AttachError, match=text):
+            entry.output(inputs=twice)
+    with trimtab.route(entry.model, ROWS, repeats=2):
+        torch.testing.assert_close(entry.output(inputs=twice), expected.repeat_interleave(2, dim=0))
+
+
+def test_beams_of_one_row_are_its_adapter_s() -> None:
+    entry = without_labels("gpt2")
+    adapters = attached(entry, LORA)
+    model: Any = entry.model
+    settings = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
+    expected = []
+    for index, row in enumerate(ROWS):
+        for name, adapter in adapters.items():
+            adapter.active = name == row
+        expected.append(model.generate(**entry.rows(index), **settings)[0])
+    for adapter in adapters.values():
+        adapter.active = True
+    with trimtab.route(model, ROWS, repeats=2):
+        found = model.generate(**entry.inputs, **settings)
+    assert found.tolist() == [tokens.tolist() for tokens in expected]
+
+
+@pytest.mark.parametrize("rows", [[], "ab", None, {"a": 1}])
+def test_rows_that_are_no_list_are_refused(rows: Any) -> None:
+    entry = without_labels("bert")
+    attached(entry, LORA)
+    text = "route: rows is a list with an adapter's name or None for each row, found"
+    with pytest.raises(trimtab.AttachError, match=text):
+        trimtab.route(entry.model, rows)
+    with pytest.raises(trimtab.AttachError, match="route: repeats must be a whole number from 1, found 0"):
+        trimtab.route(entry.model, ROWS, repeats=0)
+
+
 def test_unknown_names_and_unattached_models_are_refused() -> None:
     entry = without_labels("bert")
     with pytest.raises(trimtab.AttachError, match="route: no adapter is attached to this model"):

@@ -236,23 +236,32 @@ def word_tokenizer() -> Any:
     )
 
 
+def fine_tuned_with_trl(cls: Any, adapter: tt.Adapter, output: Path, **settings: Any) -> Any:
+    texts = [" ".join(f"w{token}" for token in row.tolist()) for row in ROWS.inputs]
+    args = pytest.importorskip("trl").SFTConfig(
+        output_dir=str(output), max_steps=4, per_device_train_batch_size=3, learning_rate=1e-2, report_to=[],
+        disable_tqdm=True, use_cpu=True, max_length=16, save_steps=4, bf16=False, dataloader_pin_memory=False,
+        gradient_checkpointing=False, **settings,
+    )  # fmt: skip
+    rows = datasets.Dataset.from_dict({"text": texts})
+    trainer = cls(model=adapter.model, args=args, train_dataset=rows, processing_class=word_tokenizer())
+    trainer.train()
+    return trainer
+
+
+def test_trl_s_own_trainer_trains_and_refuses_to_save(tmp_path: Path) -> None:
+    trl, adapter = pytest.importorskip("trl"), make_adapter(method=tt.LoRA(rank=2))
+    before = [parameter.detach().clone() for parameter in adapter.parameters()]
+    fine_tuned_with_trl(trl.SFTTrainer, adapter, tmp_path, save_strategy="no")
+    assert not any(torch.equal(old, new) for old, new in zip(before, adapter.parameters(), strict=True))
+    with pytest.raises(tt.AttachError, match="save_pretrained was asked for a model with the attached adapter"):
+        fine_tuned_with_trl(trl.SFTTrainer, adapter, tmp_path)
+
+
 def test_trl_fine_tunes_an_attached_model(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
     adapter = make_adapter(method=adalora())
     before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
-    texts = [" ".join(f"w{token}" for token in row.tolist()) for row in ROWS.inputs]
-    args = trl.SFTConfig(
-        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=3, learning_rate=1e-2, report_to=[],
-        disable_tqdm=True, use_cpu=True, max_length=16, save_steps=4, bf16=False, dataloader_pin_memory=False,
-        gradient_checkpointing=False,
-    )  # fmt: skip
-    trainer = TrimtabSFTTrainer(
-        model=adapter.model,
-        args=args,
-        train_dataset=datasets.Dataset.from_dict({"text": texts}),
-        processing_class=word_tokenizer(),
-    )
-    trainer.train()
+    trainer = fine_tuned_with_trl(TrimtabSFTTrainer, adapter, tmp_path)
     assert trainer.state.global_step == adapter.steps == 4
     after = dict(adapter.named_parameters())
     assert not any(torch.equal(before[name], after[name]) for name in after if not name.endswith("/E"))  # may be pruned

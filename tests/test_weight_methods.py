@@ -634,3 +634,41 @@ def test_a_rank_larger_than_the_layer_is_refused(method: Callable[..., trimtab.M
 
 def test_a_rank_larger_than_the_layer_leaves_randlora_one_base() -> None:
     assert trimtab.plan(nn.Sequential(nn.Linear(4, 4)), trimtab.RandLoRA(rank=8, targets="0")).trainable == 8 + 4
+
+
+def test_an_attribute_that_an_adapter_has_not_is_refused() -> None:
+    adapter = trimtab.attach(nn.Sequential(nn.Linear(6, 4)), trimtab.LoRA(rank=2, targets="0"))
+    with pytest.raises(trimtab.AttachError, match=r"an adapter has no 'activ'\. Did you mean 'active'"):
+        adapter.activ = False  # type: ignore[attr-defined]
+    with pytest.raises(trimtab.AttachError, match=r"an adapter has no 'trainabl'\. Did you mean 'trainable'"):
+        adapter.trainabl = False  # type: ignore[attr-defined]
+
+
+def test_a_disabled_or_detached_adapter_cannot_be_used_as_if_it_were_not() -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    adapter = trimtab.attach(model, trimtab.LoRA(rank=2, targets="0"))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_()
+    with (
+        adapter.disabled(),
+        pytest.raises(trimtab.AttachError, match="is inactive or disabled; set its `active` to True to merge it"),
+    ):
+        adapter.merge()
+    with pytest.raises(trimtab.AttachError, match="probe is a dictionary of the model's keyword inputs, found tensor"):
+        adapter.merge(probe=torch.randn(2, 6))
+    assert not adapter.merged
+    adapter.detach()
+    with pytest.raises(trimtab.TrainingError, match="is not attached any more"), adapter.disabled():
+        pass
+
+
+def test_parts_that_do_not_add_up_are_refused_in_one_adapter_too() -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    text = r"DoRA and LoRA both act on '0:weight', and one of them is not additive: choose other targets\."
+    both = trimtab.Compose(trimtab.LoRA(rank=2, targets="0"), trimtab.DoRA(rank=2, targets="0"))
+    with pytest.raises(trimtab.AttachError, match=text):
+        trimtab.plan(model, both)
+    with pytest.raises(trimtab.AttachError, match=text):
+        trimtab.attach(model, both)
+    assert not trimtab.adapters(model)

@@ -26,31 +26,10 @@ from trimtab.storage import load
 from trimtab.version import __version__
 
 __all__ = [
-    "Adapter",
-    "AdapterFileError",
-    "AttachError",
-    "Batches",
-    "Capabilities",
-    "ContractViolation",
-    "Method",
-    "MissingExtraError",
-    "SettingError",
-    "Spec",
-    "TargetError",
-    "TrainingError",
-    "TrimtabError",
-    "__version__",
-    "adapters",
-    "attach",
-    "check_method",
-    "detach",
-    "frozen",
-    "load",
-    "methods",
-    "plan",
-    "route",
-    "setting",
-]
+    "Adapter", "AdapterFileError", "AttachError", "Batches", "Capabilities", "ContractViolation", "Method",
+    "MissingExtraError", "SettingError", "Spec", "TargetError", "TrainingError", "TrimtabError", "__version__",
+    "adapters", "attach", "check_method", "detach", "frozen", "load", "methods", "plan", "route", "setting",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trimtab.adapter_file import file_bytes
 from trimtab.attachment import LINEAGE, Attached, attached_to, refuse_sharded
-from trimtab.errors import AttachError, SettingError, TrainingError, brief
+from trimtab.errors import AttachError, SettingError, TrainingError, brief, suggestion
 from trimtab.events import Binding, bind
 from trimtab.hooks import PREFIX, Leaf
 from trimtab.merge import Merged, Receipt, merge_leaves
@@ -103,6 +103,13 @@ class Adapter:
         for part in self.parts:
             part.adapter = self
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in self.__dataclass_fields__ and name != "trainable":
+            raise AttachError(
+                f"an adapter has no {name!r}." + suggestion(name, ("trainable", *self.__dataclass_fields__))
+            )
+        object.__setattr__(self, name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "binding": None, "first_mark": None}  # a copy has no optimizer yet
 
@@ -160,6 +167,7 @@ class Adapter:
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside the `with`, the model gives the base's own output (without this adapter)."""
+        _ = self.attached  # raises once detached
         record, before = self.merge_record, self.active
         if record is not None:
             record.restore()
@@ -192,6 +200,7 @@ class Adapter:
         penalty: Literal["step", "loss"] = "step",
     ) -> None:
         """Hang the method's schedule and checks on the optimizer; see `trimtab.events.bind`."""
+        self.attached.refuse_merged("training")
         bind(self, optimizer, total_steps, penalty)
 
     def penalty(self) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from typing import Literal
 
@@ -78,6 +79,7 @@ def resolved_parts(structure: Structure, method: Method) -> list[Part]:
     for index, part in enumerate(method.parts()):
         check_settings(part)
         parts.append(resolved_part(structure, part, index, resolve(structure, vars(part)["targets"])))
+        _refuse_conflicts(parts[-1:], parts[:-1], "")
     return parts
 
 
@@ -94,10 +96,11 @@ def resolved_part(structure: Structure, method: Method, index: int, items: list[
 def build(adapter: Adapter, dtype: torch.dtype, calibration: Batches | None = None) -> Adapter:
     """Create the leaves of resolved parts, initialise them, and register the adapter; undone on any error."""
     attached = begin(adapter.model)
+    for other in attached.adapters.values():
+        _refuse_conflicts(adapter.parts, other.parts, f" (adapter {other.name!r})")
     adapter.lineage = adapter.model.__dict__.get(LINEAGE, ())
     try:
         for part in adapter.parts:
-            _refuse_conflicts(attached, part)
             _place(attached, part, dtype)
             _initialise(part, adapter.seed)
         if calibration is not None:
@@ -168,18 +171,17 @@ def _calibrate(adapter: Adapter, batches: Batches) -> None:
     adapter.active = True
 
 
-def _refuse_conflicts(attached: Attached, part: Part) -> None:
+def _refuse_conflicts(parts: list[Part], others: list[Part], owner: str) -> None:
     """Additive methods add up at one site; a second one that is not additive is undefined there."""
-    own = type(part.method).__name__
-    for other in (p for adapter in attached.adapters.values() for p in adapter.parts):
+    for part, other in itertools.product(parts, others):
         if part.method.promises().additive and other.method.promises().additive:
             continue
         overlap = {str(site) for site in part.sites} & {str(site) for site in other.sites}
         if overlap:
             raise AttachError(
-                f"{own} and {type(other.method).__name__} (adapter {other.adapter.name!r}) both act on "
-                f"{sorted(overlap)[0]!r}, and one of them is not additive. Detach the other adapter first, or choose "
-                f"other targets."
+                f"{type(part.method).__name__} and {type(other.method).__name__}{owner} both act on "
+                f"{sorted(overlap)[0]!r}, and one of them is not additive: choose other targets"
+                f"{', or detach the other adapter first' if owner else ''}."
             )
 
 

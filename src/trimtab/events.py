@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,6 +37,12 @@ class Binding:
         self.skipped = _overflowed(optimizer) or not (self.adapter.active and self.adapter.trainable)
         if self.skipped:
             return
+        adapter = self.adapter
+        if adapter.steps >= self.total_steps and any(p.method.promises().requires_binding for p in adapter.parts):
+            raise TrainingError(
+                f"adapter {adapter.name!r} is bound for total_steps={self.total_steps}, and this is another step: its "
+                f"schedule has ended. Bind it for the length of the whole run."
+            )
         _unscale(optimizer)
         if self.has_penalty:
             self._take_penalty()
@@ -81,7 +88,14 @@ class Binding:
         """After the second step every tensor must have received a gradient, where its method says so."""
         tensors = [(name, tensor) for name, tensor, spec in self.adapter.named_tensors() if spec.reached]
         gradients = {name: tensor.grad for name, tensor in tensors if tensor.requires_grad}
-        self.reached |= {n for n, grad in gradients.items() if grad is not None and bool(whole(grad).abs().max() > 0)}
+        largest = {name: float(whole(grad).abs().max()) for name, grad in gradients.items() if grad is not None}
+        wild = next((name for name, size in largest.items() if not math.isfinite(size)), None)
+        if wild is not None:
+            raise TrainingError(
+                f"adapter {self.adapter.name!r}: the gradient of {wild!r} is not finite in one of the first two steps: "
+                f"the loss is not a number, or overflows. Lower the learning rate, or look at the data and the base."
+            )
+        self.reached |= {name for name, size in largest.items() if size > 0}
         missing = [name for name in gradients if name not in self.reached]
         if last and missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
@@ -89,7 +103,8 @@ class Binding:
             raise TrainingError(
                 f"adapter {self.adapter.name!r}: after two steps no gradient has reached {shown} "
                 f"({len(missing)} of {len(gradients)} tensors). They would never train: the model does not use these "
-                f"places, or checkpointing with frozen inputs cuts the gradient (use use_reentrant=False)."
+                f"places, checkpointing with frozen inputs cuts the gradient (use use_reentrant=False), or the first "
+                f"step went so far that nothing is left to learn (a lower learning rate)."
             )
 
     def release(self) -> None:

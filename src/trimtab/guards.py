@@ -5,8 +5,15 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from torch import Tensor, nn
+
 from trimtab.errors import AttachError
-from trimtab.hooks import GUARDS, Call, base_class, base_state_dict, leaves_of
+from trimtab.hooks import GUARDS, Call, base_class, is_adapters, leaves_of
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's state dict without the tensors of attached adapters: the base's own keys."""
+    return {name: tensor for name, tensor in model.state_dict().items() if not is_adapters(name)}
 
 
 def _generate_of(base: Any) -> Call:

@@ -59,6 +59,11 @@ class Leaf(nn.Module):
         return self.part.adapter
 
     @property
+    def acts(self) -> bool:
+        """Whether the leaf takes part in the forward: its adapter is active, and not merged into the base."""
+        return self.adapter.active and not self.adapter.merged
+
+    @property
     def root(self) -> nn.Module:
         """The model that the adapter is attached to."""
         return self.part.adapter.model
@@ -123,7 +128,7 @@ def _call_through(module: Any, forward: Call, args: tuple[Any, ...], kwargs: dic
 def through(leaves: list[Leaf], call: Call) -> Call:
     """Return the call with each leaf around it that takes part in the forward, the first attached innermost."""
     for leaf in leaves:
-        if leaf.adapter.active and not leaf.adapter.merged:
+        if leaf.acts:
             call = functools.partial(leaf.around, call)
     return call
 
@@ -211,11 +216,6 @@ def base_class(module: nn.Module) -> type[nn.Module]:
 def is_adapters(name: str) -> bool:
     """Say whether a dotted name of a module or tensor is one of an adapter's."""
     return any(step.startswith(PREFIX) for step in name.split("."))
-
-
-def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's state dict without the tensors of attached adapters: the base's own keys."""
-    return {name: tensor for name, tensor in model.state_dict().items() if not is_adapters(name)}
 
 
 def hook(module: nn.Module, path: str, attached: Any, parameters: tuple[str, ...] = ()) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.attachment import refuse_sharded
-from trimtab.errors import AttachError
+from trimtab.errors import AttachError, brief
 from trimtab.hooks import keeping_modes
 from trimtab.quantized import is_packed
 
@@ -99,6 +100,8 @@ def merge_leaves(adapter: Adapter, untie: bool, probe: Any) -> Receipt:
     refuse_sharded(adapter.model, "merge an adapter into", "Save the adapter and merge it into an unwrapped model.")
     if adapter.merged:
         raise AttachError(f"adapter {adapter.name!r} is merged already.")
+    if not adapter.active:
+        raise AttachError(f"adapter {adapter.name!r} is inactive or disabled; set its `active` to True to merge it.")
     adapter.attached.refuse_merged("merging another")
     for part in adapter.parts:
         capabilities = part.method.promises()
@@ -161,6 +164,8 @@ def _outputs(model: nn.Module, probe: Any) -> list[Tensor]:
     """Return the floating-point outputs for a probe; none without one."""
     if probe is None:
         return []
+    if not isinstance(probe, Mapping):
+        raise AttachError(f"merge: probe is a dictionary of the model's keyword inputs, found {brief(probe)}.")
     with keeping_modes(model), torch.no_grad():
         output = model.eval()(**probe)
     values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else [output]

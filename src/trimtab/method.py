@@ -186,11 +186,6 @@ class Method(metaclass=_CheckedConstruction):
         return None
 
 
-def starts_from_data(method: Method) -> bool:
-    """Say whether a method, or a part of it, takes calibration data."""
-    return any(part.promises().requires_calibration for part in method.parts())
-
-
 def settings_of(method: Method) -> dict[str, object]:
     """Return the settings that differ from their defaults, by name."""
     return {f.name: value for f in dataclasses.fields(method) if (value := getattr(method, f.name)) != f.default}

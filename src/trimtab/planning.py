@@ -11,9 +11,16 @@ from torch import nn
 from trimtab.adapter import Part
 from trimtab.attach import resolved_parts
 from trimtab.method import Method
-from trimtab.report import Row, bytes_text, table
+from trimtab.report import Row, table
 from trimtab.structure import Structure
 from trimtab.targets import ROLES
+
+
+def bytes_text(count: float) -> str:
+    """Return a byte count for people (powers of 1024)."""
+    power = min(int(math.log2(max(count, 1))) // 10, 3)
+    unit = ("B", "KiB", "MiB", "GiB")[power]
+    return f"{count / 1024**power:.1f} {unit}" if power else f"{count:.0f} {unit}"
 
 
 @dataclass(frozen=True)

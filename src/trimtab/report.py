@@ -15,13 +15,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])
 
 
-def bytes_text(count: float) -> str:
-    """Return a byte count for people (powers of 1024)."""
-    power = min(int(math.log2(max(count, 1))) // 10, 3)
-    unit = ("B", "KiB", "MiB", "GiB")[power]
-    return f"{count / 1024**power:.1f} {unit}" if power else f"{count:.0f} {unit}"
-
-
 @dataclass(frozen=True)
 class Row:
     """One site: where, by which method, its tensors' shapes, and how many numbers it trains."""

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.attachment import Attached, attached_to
-from trimtab.errors import AttachError, suggestion
+from trimtab.errors import AttachError, brief, suggestion
 from trimtab.hooks import Call, Leaf, through
 from trimtab.kinds.recomputation import in_backward
+from trimtab.method import fits
 
 _tickets = itertools.count(1)
 
@@ -28,6 +29,7 @@ class Route:
     ticket: int
     groups: dict[str | None, Tensor]
     inverse: Tensor
+    repeats: int = 1
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """Return the rows of each adapter, in the order of `groups`; views, where the batch lies in that order."""
@@ -60,10 +62,20 @@ class Route:
             )
         return total // rows
 
+    def checked(self, output: Any) -> Any:
+        """Return the model's output; stops where its batch is not that of the rows which the route names."""
+        entries = _first_length(output)
+        if entries not in (None, len(self.rows), len(self.rows) * self.repeats):
+            raise AttachError(
+                f"route was given {len(self.rows)} rows, but the model returned {entries}: name one adapter (or None) "
+                f"for each row of the batch, or route(…, repeats=n) where each stands for n (the beams of generate)."
+            )
+        return output
+
     def only(self, name: str | None) -> Route:
         """Return the route of a batch that holds this adapter's rows alone."""
         order = torch.arange(len(self.groups[name]))
-        return Route((name,) * len(order), self.ticket, {name: order}, order)
+        return Route((name,) * len(order), self.ticket, {name: order}, order, self.repeats)
 
 
 @dataclass
@@ -110,7 +122,8 @@ class Routing:
                 "block, or not through the model's own call: run each backward inside its own block."
             )
         if not leaves:
-            return self._ticketed(call(*args, **kwargs), route) if is_root else call(*args, **kwargs)
+            output = call(*args, **kwargs)
+            return self._ticketed(route.checked(output), route) if is_root else output
         fixed = next((leaf for leaf in leaves if not leaf.method.promises().routable), None)
         if fixed is not None:
             raise AttachError(
@@ -118,6 +131,7 @@ class Routing:
             )
         apply = _beside if all(leaf.beside for leaf in leaves) else functools.partial(_apart, self, module)
         output = apply(route, call, leaves, args, kwargs)
+        output = route.checked(output) if is_root else output
         return self._ticketed(output, route) if is_root or isinstance(output, Tensor) else output
 
     def _ticketed(self, output: Any, route: Route) -> Any:
@@ -160,7 +174,7 @@ class _SameRoute(torch.autograd.Function):
 
 
 def _members(leaves: list[Leaf], name: str | None) -> list[Leaf]:
-    return [leaf for leaf in leaves if leaf.adapter.name == name and not leaf.adapter.merged]
+    return [leaf for leaf in leaves if leaf.adapter.name == name and leaf.acts]
 
 
 def _beside(route: Route, call: Call, leaves: list[Leaf], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -230,18 +244,33 @@ def _refuse_cache(module: nn.Module, values: list[Any]) -> None:
         )
 
 
-def route(model: nn.Module, rows: Sequence[str | None]) -> contextlib.AbstractContextManager[None]:
+def _first_length(output: Any) -> int | None:
+    """Return the first axis of the first tensor that has one, None where there is none (a loss alone)."""
+    if isinstance(output, Tensor):
+        return len(output) if output.dim() else None
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else ()
+    return next((length for value in values if (length := _first_length(value)) is not None), None)
+
+
+def route(model: nn.Module, rows: Sequence[str | None], repeats: int = 1) -> contextlib.AbstractContextManager[None]:
     """Inside the `with`, row i of every batch goes through the adapter `rows[i]` (None: the base), vectorised.
 
-    Run backward inside the same `with` when activation checkpointing recomputes. Raises AttachError.
+    `repeats`: a batch may also hold each row so many times in succession, as generate does for beams. Run backward
+    inside the same `with` when activation checkpointing recomputes. Raises AttachError.
     """
+    if not fits(rows, list | tuple) or not rows:
+        raise AttachError(f"route: rows is a list with an adapter's name or None for each row, found {brief(rows)}.")
+    if type(repeats) is not int or repeats < 1:
+        raise AttachError(f"route: repeats must be a whole number from 1, found {brief(repeats)}.")
     attached = attached_to(model)
     if attached is None:
         raise AttachError("route: no adapter is attached to this model (pass the model that `attach` was called on).")
     for name in rows:
         if name is not None and name not in attached.adapters:
             raise AttachError(f"route: there is no adapter {name!r}." + suggestion(name, attached.adapters))
-    return _routed(attached, rows)
+        if name is not None and not attached.adapters[name].active:
+            raise AttachError(f"route: adapter {name!r} is inactive or disabled; set its `active` to True first.")
+    return _routed(attached, rows, repeats)
 
 
 def _new_routing(root: nn.Module) -> Routing:
@@ -256,13 +285,13 @@ def _new_routing(root: nn.Module) -> Routing:
 
 
 @contextlib.contextmanager
-def _routed(attached: Attached, rows: Sequence[str | None]) -> Iterator[None]:
+def _routed(attached: Attached, rows: Sequence[str | None], repeats: int) -> Iterator[None]:
     attached.router = routing = attached.router or _new_routing(attached.root)
     assert isinstance(routing, Routing)
     before = routing.route
     groups = {name: torch.tensor([i for i, row in enumerate(rows) if row == name]) for name in dict.fromkeys(rows)}
     inverse = torch.argsort(torch.cat(list(groups.values())))
-    routing.route = Route(tuple(rows), next(_tickets), groups, inverse)
+    routing.route = Route(tuple(rows), next(_tickets), groups, inverse, repeats)
     try:
         yield
     finally:

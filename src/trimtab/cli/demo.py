@@ -20,7 +20,7 @@ from trimtab.demo.data import EPOCHS
 from trimtab.demo.page import Page, Result, headline
 from trimtab.demo.run import Stage, contestants_named, run_demo
 from trimtab.errors import SettingError, suggestion
-from trimtab.report import bytes_text
+from trimtab.planning import bytes_text
 
 SECONDS_BETWEEN_LINES = 5.0
 

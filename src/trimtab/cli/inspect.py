@@ -12,7 +12,7 @@ from torch import Tensor
 from trimtab.adapter_file import FILE_NAME, decode_method, naming, read_adapter_file
 from trimtab.cli.console import Grid, count_text, show, show_json
 from trimtab.cli.options import AsJson
-from trimtab.report import bytes_text
+from trimtab.planning import bytes_text
 from trimtab.training.run_settings import method_text
 
 

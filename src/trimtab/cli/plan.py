@@ -12,9 +12,8 @@ from trimtab.cli.console import Grid, count_text, note, show, show_json
 from trimtab.cli.options import AsJson
 from trimtab.cli.settings import method_from, read_config
 from trimtab.errors import SettingError, suggestion
-from trimtab.planning import Plan
+from trimtab.planning import Plan, bytes_text
 from trimtab.planning import plan as make_plan
-from trimtab.report import bytes_text
 from trimtab.structure import Structure
 from trimtab.targets import ROLES
 from trimtab.training.architectures import Skeleton, make_skeleton

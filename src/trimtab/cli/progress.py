@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from trimtab.cli.console import is_main_process, note, time_text
-from trimtab.report import bytes_text
+from trimtab.planning import bytes_text
 from trimtab.training.progress import Progress
 
 SECONDS_BETWEEN_LINES = 5.0

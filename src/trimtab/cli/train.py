@@ -16,7 +16,7 @@ from trimtab.cli.plan import MODEL_HELP
 from trimtab.cli.progress import shown_progress
 from trimtab.cli.settings import method_from, parse_assignments, parse_value, read_config
 from trimtab.errors import SettingError
-from trimtab.report import bytes_text
+from trimtab.planning import bytes_text
 from trimtab.training.checkpoints import newest_checkpoint
 from trimtab.training.errors import Interrupted
 from trimtab.training.processes import leave_together

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from trimtab.adapter import Adapter
 from trimtab.attach import attach
 from trimtab.errors import TrimtabError
+from trimtab.kinds.calibration import starts_from_data
 from trimtab.kinds.composition import weakest
 from trimtab.kinds.weight import WeightMethod
-from trimtab.method import Batches, Capabilities, Method, starts_from_data
+from trimtab.method import Batches, Capabilities, Method
 from trimtab.quantized import is_packed, plain_numbers
 
 ROUNDING = 1e-5

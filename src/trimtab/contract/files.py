@@ -15,7 +15,8 @@ from trimtab.adapter_file import read_adapter_file, write_adapter_file
 from trimtab.attach import adapters
 from trimtab.contract.case import Case, ContractViolation, NotApplicable, expect_same, trained
 from trimtab.errors import AdapterFileError
-from trimtab.hooks import base_state_dict, is_hooked
+from trimtab.guards import base_state_dict
+from trimtab.hooks import is_hooked
 from trimtab.method import Method
 from trimtab.quantized import is_packed
 from trimtab.storage import load, replaced_by

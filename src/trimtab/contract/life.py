@@ -33,7 +33,7 @@ from trimtab.contract.case import (
 from trimtab.contract.declarations import would_hold
 from trimtab.contract.sums import changes_add_up, expect_sum, follows_the_weight, saved, two_apart
 from trimtab.errors import TrimtabError
-from trimtab.hooks import base_state_dict
+from trimtab.guards import base_state_dict
 from trimtab.method import Method
 from trimtab.routing import route
 from trimtab.storage import load

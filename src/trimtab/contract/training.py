@@ -28,7 +28,7 @@ from trimtab.contract.case import (
     trained,
 )
 from trimtab.errors import TrainingError
-from trimtab.hooks import base_state_dict
+from trimtab.guards import base_state_dict
 from trimtab.method import Method
 from trimtab.planning import plan
 from trimtab.quantized import is_packed

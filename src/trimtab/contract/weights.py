@@ -32,7 +32,7 @@ from trimtab.contract.case import (
 from trimtab.contract.declarations import creates_bias, would_hold
 from trimtab.contract.training import APPROXIMATE
 from trimtab.errors import AttachError
-from trimtab.hooks import base_state_dict
+from trimtab.guards import base_state_dict
 from trimtab.kinds.weight import WeightLeaf, WeightMethod
 from trimtab.merge import Edit
 from trimtab.method import Method

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 from trimtab.demo.picture import Point, draw
-from trimtab.report import bytes_text
+from trimtab.planning import bytes_text
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,16 @@ from trimtab.hooks import keeping_modes
 from trimtab.kinds.activation import first_tensor
 from trimtab.kinds.layouts import Layout, TransposedLayout
 from trimtab.kinds.weight import ParameterSite, WeightLeaf
-from trimtab.method import Batches
+from trimtab.method import Batches, Method
 from trimtab.quantized import is_packed
 
 if TYPE_CHECKING:
     from trimtab.adapter import Part
+
+
+def starts_from_data(method: Method) -> bool:
+    """Say whether a method, or a part of it, takes calibration data."""
+    return any(part.promises().requires_calibration for part in method.parts())
 
 
 def visit_inputs(

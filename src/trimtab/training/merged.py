@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trimtab.adapter import Adapter
 from trimtab.errors import AdapterFileError, AttachError
 from trimtab.merge import Receipt
-from trimtab.report import bytes_text
+from trimtab.planning import bytes_text
 from trimtab.training.models import quiet_transformers
 
 

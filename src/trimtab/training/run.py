@@ -15,7 +15,8 @@ from trimtab.adapter import Adapter
 from trimtab.adapter_file import FILE_NAME
 from trimtab.attach import attach
 from trimtab.errors import SettingError
-from trimtab.method import Batches, Method, starts_from_data
+from trimtab.kinds.calibration import starts_from_data
+from trimtab.method import Batches, Method
 from trimtab.storage import load
 from trimtab.training.batches import Loader, make_loader
 from trimtab.training.checkpoints import newest_checkpoint
