@@ -2,10 +2,10 @@
 
 `test_smoke` holds every method against every quick invariant on the first built-in model that accepts it. With
 `-m slow`, every method meets every invariant on every model of the zoo, each as a test of its own; these tests, tens of
-thousands, are made only when slow ones are asked for. What costs a compilation or a process runs as one batch for each
-invariant, on one model for each method (benchmarks/reliability_parts/matrix.py runs it on all). A new method joins by
-existing. A refusal is a skip that shows its text; that no method and no promise is refused everywhere is a test of its
-own.
+thousands, are made only when slow ones are asked for, and without `long` ones (`-m "slow and not long"`, as in CI)
+they are those that take the least time. What costs a compilation or a process runs as one batch for each invariant, on
+one model for each method (benchmarks/reliability_parts/processes.py runs it on all). A new method joins by existing. A
+refusal is a skip that shows its text; that no method and no promise is refused everywhere is a test of its own.
 """
 
 from __future__ import annotations
@@ -45,6 +45,13 @@ BUILT_IN = {case.name: case for case in built_in_cases()}
 SMOKE_ORDER = ("transformer", "mlp", "cnn", "embedding", "twice-used", "experts")
 # Seconds each, or garbage collection of everything that the test process holds: on one model for each method.
 LONG = {"compiles_whole", "leaves_nothing_behind"}
+# The rest of the matrix: 50 ms and more each. On every model in the long run, marked `long`; on one in every run.
+COSTLY = {
+    "averages_as_declared", "checkpoints", "checkpoints_reentrantly", "deepcopies_are_independent",
+    "detaching_restores", "disabled_is_the_base", "gives_gradients_of_each_row", "pickles_are_independent",
+    "refuses_another_base", "refuses_damaged_files", "resumes_bit_for_bit", "rows_route_to_their_adapters",
+    "runs_on_quantised_base", "runs_under_autocast", "two_adapters_keep_apart", "unmerge_restores",
+}  # fmt: skip
 # A wrong declaration of any of these must fail; by the invariants that prove it.
 PROOFS = {
     "starts_at_base": ["starts_as_declared"],
@@ -71,14 +78,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.function is not test_matrix:
         return
     expression = metafunc.config.option.markexpr
+    marks = dict.fromkeys(COSTLY, pytest.mark.long)
     wanted = [
-        (method, case, invariant)
+        pytest.param(method, case, invariant, id=f"{method}-{case}-{invariant}", marks=marks.get(invariant, ()))
         for method in METHODS
         for case in CASE_NAMES
         for invariant in INVARIANTS
         if expression != "not slow" and invariant not in LONG and differs(method, case)
+        if invariant not in COSTLY or "not long" not in expression
     ]
-    metafunc.parametrize(("method", "case", "invariant"), wanted, ids=["-".join(entry) for entry in wanted])
+    metafunc.parametrize(("method", "case", "invariant"), wanted)
 
 
 def differs(method: str, case: str) -> bool:
