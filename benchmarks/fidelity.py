@@ -26,6 +26,7 @@ from unittest import mock
 import pytest
 import torch
 from common import ROOT, commit
+from reliability import cell
 from torch import Tensor
 
 from trimtab.adapter import Adapter
@@ -145,7 +146,7 @@ def page(results: dict[str, Any]) -> str:
     """Return the page."""
     files = {file: one for file, one in results["files"].items() if file != EXCHANGE}
     covered = {name for one in files.values() for name in one["methods"]}
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in sorted(results["versions"].items()))
     lines = [
         "# Fidelity",
         "",
@@ -173,7 +174,10 @@ def page(results: dict[str, Any]) -> str:
     lines += ["", f"{results['date']}, commit {results['commit']}; {versions}.", "", "## Without figures of others", ""]
     lines += ["Tested against their formulas, written out in the tests, and against finite differences:", ""]
     lines += [f"{', '.join(rest)}.", "", "## Differences from papers and published code", ""]
-    lines += [f"- {name}: {' '.join(said)}" for name, said in results["differences"].items() if said]
+    lines += ["What the documentation of each method says of them:", "", "<!-- not measured: from the docstrings -->"]
+    lines += ["| method | differences |", "| --- | --- |"]
+    for name, said in results["differences"].items():
+        lines += [f"| {name} | {cell(' '.join(said))} |"] if said else []
     return "\n".join(lines) + "\n"
 
 

@@ -120,6 +120,16 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, method: Callable[[]
             newer.unlink()
 
 
+def test_a_complete_run_that_is_resumed_makes_no_other_step(tmp_path: Path) -> None:
+    """The arguments' batch leaves the last epoch unfinished: transformers alone would go on in it."""
+    make_trainer(make_adapter(0.2, adalora()), arguments(tmp_path)).train()
+    resumed = make_adapter(0.2, adalora())
+    trainer = make_trainer(resumed, arguments(tmp_path))
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == resumed.steps == 6
+    assert state_hash(resumed) == state_hash(tt.load(zoo.llama(seed=3).model, tmp_path / "checkpoint-6"))
+
+
 class StopAfter(transformers.TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step

@@ -33,7 +33,7 @@ def pairs_at(wrapped: Any, adapter: trimtab.Adapter, place: str) -> list[Pair]:
 def assert_same_directions(ours: Tensor, theirs: Tensor) -> Tensor:
     """The rows are the same up to their signs, which are returned."""
     signs = torch.sign((ours * theirs).sum(-1, keepdim=True)).detach()
-    torch.testing.assert_close(ours * signs, theirs, rtol=2e-3, atol=2e-4)
+    torch.testing.assert_close(ours * signs, theirs, rtol=0, atol=2e-3 * float(theirs.abs().max()))
     return signs
 
 
@@ -82,8 +82,11 @@ def test_lora_ga_starts_as_in_peft(place: str, direction: Any) -> None:
     adapter = trimtab.attach(model, method, calibration=trimtab.Batches(DATA, loss))
     assert adapter.trainable_count == trainable_count(wrapped)
     down, up = pairs_at(wrapped, adapter, place)
+    # The fourth root of the outputs scales B; peft takes the inputs for them where a weight is stored transposed.
+    sizes = model.get_submodule(place).weight.shape
+    factor = (sizes[0] / sizes[1]) ** 0.25 if place == "transposed" else 1.0
     assert_same_directions(down.ours, down.view(down.theirs))
-    assert_same_directions(up.ours.t(), up.view(up.theirs).t())
+    assert_same_directions(factor * up.ours.t(), up.view(up.theirs).t())
 
 
 def test_lora_ga_starts_as_in_the_paper() -> None:

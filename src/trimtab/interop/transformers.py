@@ -36,6 +36,7 @@ class AdapterTraining:
     model: Any
     optimizer: Any
     state: Any
+    control: Any
 
     # The arguments are those of the Trainer class that stands behind this one, whichever it is.
     def __init__(self, model: Any = None, *arguments: Any, **options: Any) -> None:
@@ -118,6 +119,14 @@ class AdapterTraining:
             return bool(trainer.loss_is_scaled_for_ga)
         by_items = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
         return bool(by_items) or trainer.compute_loss_func is not None
+
+    def _run_epoch(self, **options: Any) -> None:
+        """A resumed run that is complete is done; the class behind would train one more step."""
+        trainer: Any = super()
+        if self.state.global_step < self.state.max_steps:
+            trainer._run_epoch(**options)
+        else:
+            self.control.should_training_stop = True
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         refill(self.adapter, resume_from_checkpoint)

@@ -28,7 +28,8 @@ class LoRAGA(StartedLowRank):
     s = alpha/√r is `rank_stabilized`. `start_scale`: "stable" is c above, "unit" c = 1, "gradient" c = 1/s.
     Needs attach(…, calibration=Batches(data, loss)). The gradients are taken in evaluation mode (the official code,
     Outsider565/LoRA-GA 89af7de, leaves dropout on) and decomposed exactly (there: torch.svd_lowrank). huggingface/peft
-    multiplies B₀ by S_J and leaves A₀ unscaled, which is not the paper's start: `compat="peft"`.
+    multiplies B₀ by S_J and leaves A₀ unscaled, which is not the paper's start: `compat="peft"`. Where a weight is
+    stored transposed, it also takes the inputs for `out` in c; this does not.
     Trainable: r·(in + out) for each matrix, LoRA's count; r at most half of the smaller side.
     """
 
