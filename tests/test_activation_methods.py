@@ -271,6 +271,20 @@ def test_pfeiffer_stops_where_the_structure_misleads_and_can_be_told() -> None:
     assert model(x).shape == x.shape
 
 
+def test_two_of_pfeiffer_s_adapters_around_one_norm_take_turns() -> None:
+    entry = ZOO["bert"](0, 0.0)
+    adapters = [tt.attach(entry.model, tt.PfeifferAdapter(bottleneck=2), name=name) for name in ("a", "b")]
+    text = (
+        r"adapters 'b' and 'a' both run 'bert\.encoder\.layer\.0\.output\.LayerNorm' twice.* set one of them inactive"
+    )
+    with pytest.raises(tt.AttachError, match=text):
+        entry.output()
+    for active in adapters:
+        for adapter in adapters:
+            adapter.active = adapter is active
+        assert torch.isfinite(entry.output()).all()
+
+
 @pytest.mark.parametrize("learn_scale", [False, True])
 @pytest.mark.parametrize("layer_norm", ["none", "in", "out"])
 @pytest.mark.parametrize("name", ["bert", "torch_encoder", "llama"])

@@ -52,6 +52,21 @@ def test_memory_stays_below_twice_the_file() -> None:
     assert max(growth.refusing.values()) <= 2
 
 
+@pytest.mark.parametrize(("place", "number"), [("shape", float), ("data_offsets", float), ("data_offsets", bool)])
+def test_sizes_are_whole_numbers(known: list[hostile.Original], tmp_path: Path, place: str, number: type) -> None:
+    payload = known[0].payload
+    start = 8 + int.from_bytes(payload[:8], "little")
+    table = json.loads(payload[8:start])
+    entry = next(entry for name, entry in table.items() if name != "__metadata__")
+    entry[place] = [number(n) if n in (0, 1) or number is float else n for n in entry[place]]
+    header = hostile.dumped(table).encode()
+    header += b" " * (-len(header) % 8)
+    file = tmp_path / "sizes.safetensors"
+    file.write_bytes(hostile.sealed(len(header).to_bytes(8, "little") + header + payload[start:]))
+    with pytest.raises(tt.AdapterFileError, match=r"sizes\.safetensors: cannot be read: "):
+        read_adapter_file(file)
+
+
 def test_every_single_bit_of_a_file_counts(known: list[hostile.Original], tmp_path: Path) -> None:
     own = known[0]
     file = tmp_path / "flipped.safetensors"

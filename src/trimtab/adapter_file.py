@@ -186,9 +186,10 @@ def _tensors(payload: bytearray, table: dict[str, Any], start: int) -> dict[str,
     tensors, end = {}, start
     for name, entry in table.items():
         dtype, shape, begin = _TYPES[entry["dtype"]], entry["shape"], end
-        possible = len(shape) <= 8 and all(0 <= n <= len(payload) for n in shape) and begin % dtype.itemsize == 0
+        whole = len(shape) <= 8 and all(type(n) is int and 0 <= n <= len(payload) for n in shape)
+        possible = whole and begin % dtype.itemsize == 0
         end += math.prod(shape) * dtype.itemsize if possible else 0
-        if not possible or end > len(payload) or entry["data_offsets"] != [begin - start, end - start]:
+        if not possible or end > len(payload) or str(entry["data_offsets"]) != str([begin - start, end - start]):
             raise TrimtabError(f"{name!r:.80} is not where its type and shape put it; the file is damaged.")
         tensors[name] = torch.empty(shape, dtype=dtype)
         if end > begin:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import AttachError, TargetError
-from trimtab.hooks import Call, Leaf, base_class
+from trimtab.hooks import Call, Leaf, base_class, leaves_of
 from trimtab.kinds.edits import affine_edits
 from trimtab.kinds.layouts import along_axis, callable_alone
 from trimtab.kinds.sites import Companion, ModuleSite
@@ -161,6 +161,12 @@ class ActivationLeaf(Leaf):
     def _captured(self) -> Tensor:
         source, self.captured = self.captured, None
         if source is None:
+            others = [leaf for leaf in leaves_of(self.target) if leaf is not self and leaf.acts]
+            if self.site.side == "twice" and others:
+                raise AttachError(
+                    f"adapters {others[-1].adapter.name!r} and {self.adapter.name!r} both run {self.site.path!r} "
+                    f"twice, which has no meaning together; set one of them inactive (adapter.active = False)."
+                )
             raise AttachError(
                 f"{self.site.path!r} ran, but {self.site.source!r} had not run before it in this forward, so the place "
                 f"of {type(self.method).__name__} is not where the model's structure suggested. Name the targets, or "
