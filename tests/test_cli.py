@@ -29,7 +29,9 @@ import trimtab.cli.train as train_command  # noqa: E402
 from trimtab.cli.console import program, time_text  # noqa: E402
 from trimtab.cli.main import app, main  # noqa: E402
 from trimtab.cli.settings import describe_settings, make_method  # noqa: E402
+from trimtab.training.classification import Classification  # noqa: E402
 from trimtab.training.heads import HEAD_LR_SCALE, default_learning_rate, with_fresh_head  # noqa: E402
+from trimtab.training.metrics import accuracy_metrics  # noqa: E402
 from trimtab.training.progress import Progress  # noqa: E402
 
 WORDS = ["[PAD]", "[EOS]", "[BOS]", "[UNK]", "red", "green", "blue", "one", "two", "three", "is", "a", "colour"]
@@ -280,7 +282,7 @@ def test_sites_lists_places_and_roles(trimtab: Trimtab, bert: str) -> None:
     [
         ("atention", ("no module or role is called 'atention'.", "Did you mean 'attention'", "trimtab plan --sites")),
         ("convolution", ("this model has no part in the role 'convolution'",)),
-        ("attention[0:9]", ("the model has the blocks 0 to 1; asked for 0 to 8",)),
+        ("attention[0:9]", ("the model has the blocks 0 to 1, not 0 to 8",)),
     ],
 )
 def test_targets_that_match_nothing_are_refused(
@@ -395,13 +397,60 @@ def test_everything_may_come_from_a_file(trimtab: Trimtab, bert: str, data: str,
         "methods = [{name = 'LoRA', rank = 2}, {name = 'BitFit', targets = 'bias - head'}]\n"
         f"[train]\nmodel = {bert!r}\ndata = {data!r}\nsteps = 2\nvalidation = 0.2\ncolumns = {{label = 'label'}}\n"
     )
-    report = trained(trimtab, "--config", "run.toml", "--test", data, "--output", "run")
+    test = write_csv(tmp_path / "test.csv", ("text", "label"), ROWS[:3])
+    report = trained(trimtab, "--config", "run.toml", "--test", test, "--output", "run")
     assert "LoRA(rank=2)" in report["method"]
     assert "BitFit" in report["method"]
-    assert (report["evaluated_on"], report["metrics"]["rows"]) == ("test", 20)
+    assert (report["evaluated_on"], report["metrics"]["rows"]) == ("test", 3)
     record = json.loads((tmp_path / "run/run.json").read_text())
-    assert record["rows"] == {"train": 16, "validation": 4, "test": 20}
+    assert record["rows"] == {"train": 16, "validation": 4, "test": 3}
     assert record["settings"]["loop"]["steps"] == 2
+
+
+def test_the_report_is_of_the_saved_state(
+    trimtab: Trimtab, bert: str, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Figures of the same accuracy: the lower loss decides, and the run says after which step it was."""
+    losses = iter((0.9, 0.2, 0.5))
+    monkeypatch.setattr(Classification, "evaluate", lambda *_: accuracy_metrics([0, 1], [0, 1], next(losses)))
+    options = ("--method", "LoRA", "--steps", "3", "--evaluate-every", "1", "--output", "run")
+    shown = trimtab("train", bert, data, *options).out
+    assert "the state after step 2 of 3, the best on validation" in shown
+    assert "loss 0.2000" in shown
+    report = json.loads(Path("run/run.json").read_text())["report"]
+    assert (report["saved_step"], report["steps"], report["metrics"]["values"]["loss"]) == (2, 3, 0.2)
+    again = trimtab("train", "--resume", "--output", "run", "--json").document
+    assert again["saved_step"] == 2
+
+
+def test_the_last_state_is_saved_without_validation(trimtab: Trimtab, bert: str, data: str) -> None:
+    shown = trimtab("train", bert, data, "--method", "LoRA", "--steps", "2", "--validation", "0", "--output", "run")
+    assert "the state after step 2 of 2, the last" in shown.out
+
+
+@pytest.mark.parametrize("option", ["--validation", "--test"])
+def test_training_data_are_refused_for_figures(trimtab: Trimtab, bert: str, data: str, option: str) -> None:
+    ended = trimtab("train", bert, data, "--method", "LoRA", option, "data.csv", "--output", "run")
+    refused(
+        ended, f"{option} {data}: holds the rows that are trained on, so its figures would", f"example {option} 0.1."
+    )
+
+
+def test_the_numbers_of_a_new_head_are_told_apart(trimtab: Trimtab, bert: str, data: str) -> None:
+    ended = trimtab("train", bert, data, "--method", "LoRA", "--steps", "1", "--output", "run")
+    assert "numbers, 34 of them the new head: " in ended.err
+    assert "numbers, 34 of them the new head: " in ended.out
+    planned = trimtab("plan", bert, "--method", "LoRA", "--task", "classification")
+    assert "numbers are trained, 34 of them the new head (" in planned.out
+    document = trimtab("plan", bert, "--method", "LoRA", "--json").document
+    assert document["new_head_numbers"] == 0
+    assert "of them" not in trimtab("plan", bert, "--method", "LoRA").out
+
+
+def test_the_learning_rate_has_its_long_name(trimtab: Trimtab, bert: str, data: str) -> None:
+    trained(trimtab, bert, data, "--method", "LoRA", "--steps", "1", "--learning-rate", "0.5", "--output", "run")
+    assert json.loads(Path("run/run.json").read_text())["settings"]["loop"]["lr"] == 0.5
+    refused(trimtab("train", bert, data, "--learning_rate", "1"), "Did you mean '--learning-rate'")
 
 
 def test_the_learning_rate_follows_the_method() -> None:
@@ -636,6 +685,7 @@ def test_inspect_needs_no_model(trimtab: Trimtab, run: Path) -> None:
     assert found["method"].startswith("Compose(methods=(LoRA(), FullTuning(")
     assert sum(torch.Size(entry["shape"]).numel() for entry in found["tensors"]) == found["numbers"]
     shown = trimtab("inspect", "run/adapter.safetensors").out
+    assert f"{found['size']:,} bytes\n" in shown
     for part in ("base digest", "lineage", "versions", "1/classifier:bias/value", "float32"):
         assert part in shown
 
