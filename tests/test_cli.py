@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 transformers = pytest.importorskip("transformers")
@@ -775,6 +776,62 @@ def test_exchange_with_peft(trimtab: Trimtab, gpt2: str, tmp_path: Path) -> None
     torch.testing.assert_close(models[1](ids).logits, models[0](ids).logits, rtol=1e-5, atol=1e-6)
     refused(trimtab("export", gpt2, "run", "exported"), "exported is not empty")
     refused(trimtab("import", gpt2, "exported", "imported"), "exists already and is left as it is")
+
+
+def test_exchange_of_a_classifier_with_peft(trimtab: Trimtab, bert: str, run: Path, tmp_path: Path) -> None:
+    shown = trimtab("export", bert, "run", "exported").out
+    built = f"transformers.BertForSequenceClassification.from_pretrained({bert!r}, num_labels=2)"
+    assert f"  base = {built}\n  model = peft.PeftModel.from_pretrained(base, 'exported')\n" in shown
+    ended = trimtab("import", bert, "exported", "imported")
+    assert f"  base = {built}\n  adapter = trimtab.load(base, 'imported')\n" in ended.out, ended.err
+
+    def logits(folder: str) -> torch.Tensor:
+        model = transformers.BertForSequenceClassification.from_pretrained(bert, num_labels=2).eval()
+        tt.load(model, tmp_path / folder)
+        return model(torch.tensor([[4, 5, 6]])).logits
+
+    torch.testing.assert_close(logits("imported"), logits("run"), rtol=1e-5, atol=1e-6)
+    peft = pytest.importorskip("peft")
+    base = transformers.BertForSequenceClassification.from_pretrained(bert, num_labels=2).eval()
+    found = peft.PeftModel.from_pretrained(base, tmp_path / "exported").eval()(torch.tensor([[4, 5, 6]])).logits
+    torch.testing.assert_close(found, logits("run"), rtol=1e-5, atol=1e-6)
+
+
+def test_a_classifier_that_peft_wrote_is_imported(trimtab: Trimtab, bert: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = transformers.BertForSequenceClassification.from_pretrained(bert, num_labels=3)
+    peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path / "written")
+    ended = trimtab("import", bert, "written", "imported")
+    assert "from_pretrained(" in ended.out, ended.err
+    assert "num_labels=3)" in ended.out
+
+
+def test_an_import_names_the_task_that_it_misses(trimtab: Trimtab, bert: str, run: Path, tmp_path: Path) -> None:
+    trimtab("export", bert, "run", "exported")
+    file = tmp_path / "exported/adapter_config.json"
+    config = json.loads(file.read_text())
+    assert config["auto_mapping"]["base_model_class"] == "BertForSequenceClassification"
+    assert trimtab("import", bert, "exported", "asked", "--task", "classification").status == 0
+    file.write_text(json.dumps(config | {"auto_mapping": None}))  # the head's name says it, too
+    assert trimtab("import", bert, "exported", "named").status == 0
+    file.write_text(json.dumps(config | {"auto_mapping": {"base_model_class": "BertModel"}}))
+    ended = trimtab("import", bert, "exported", "imported")
+    refused(ended, "this model has no module 'bert.encoder", "(`trimtab import`: give its --task)")
+    refused(
+        trimtab("import", bert, "exported", "imported", "--task", "clasification"), "Did you mean 'classification'?"
+    )
+
+
+def test_an_import_without_its_head_is_refused(trimtab: Trimtab, bert: str, run: Path, tmp_path: Path) -> None:
+    trimtab("export", bert, "run", "exported")
+    file = tmp_path / "exported/adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    weight, bias = "base_model.model.classifier.weight", "base_model.model.classifier.bias"
+    safetensors.torch.save_file({name: tensor for name, tensor in tensors.items() if name != bias}, file)
+    refused(trimtab("import", bert, "exported", "imported"), "does not hold 'classifier.bias', and", "trained head.")
+    safetensors.torch.save_file({n: tensor for n, tensor in tensors.items() if n not in (weight, bias)}, file)
+    refused(trimtab("import", bert, "exported", "imported"), "holds no head 'classifier' for a classification, and")
+    assert not (tmp_path / "imported").exists()
 
 
 # printing
