@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 transformers = pytest.importorskip("transformers")
@@ -29,7 +30,9 @@ import trimtab.cli.train as train_command  # noqa: E402
 from trimtab.cli.console import program, time_text  # noqa: E402
 from trimtab.cli.main import app, main  # noqa: E402
 from trimtab.cli.settings import describe_settings, make_method  # noqa: E402
+from trimtab.training.classification import Classification  # noqa: E402
 from trimtab.training.heads import HEAD_LR_SCALE, default_learning_rate, with_fresh_head  # noqa: E402
+from trimtab.training.metrics import accuracy_metrics  # noqa: E402
 from trimtab.training.progress import Progress  # noqa: E402
 
 WORDS = ["[PAD]", "[EOS]", "[BOS]", "[UNK]", "red", "green", "blue", "one", "two", "three", "is", "a", "colour"]
@@ -280,7 +283,7 @@ def test_sites_lists_places_and_roles(trimtab: Trimtab, bert: str) -> None:
     [
         ("atention", ("no module or role is called 'atention'.", "Did you mean 'attention'", "trimtab plan --sites")),
         ("convolution", ("this model has no part in the role 'convolution'",)),
-        ("attention[0:9]", ("the model has the blocks 0 to 1; asked for 0 to 8",)),
+        ("attention[0:9]", ("the model has the blocks 0 to 1, not 0 to 8",)),
     ],
 )
 def test_targets_that_match_nothing_are_refused(
@@ -395,13 +398,60 @@ def test_everything_may_come_from_a_file(trimtab: Trimtab, bert: str, data: str,
         "methods = [{name = 'LoRA', rank = 2}, {name = 'BitFit', targets = 'bias - head'}]\n"
         f"[train]\nmodel = {bert!r}\ndata = {data!r}\nsteps = 2\nvalidation = 0.2\ncolumns = {{label = 'label'}}\n"
     )
-    report = trained(trimtab, "--config", "run.toml", "--test", data, "--output", "run")
+    test = write_csv(tmp_path / "test.csv", ("text", "label"), ROWS[:3])
+    report = trained(trimtab, "--config", "run.toml", "--test", test, "--output", "run")
     assert "LoRA(rank=2)" in report["method"]
     assert "BitFit" in report["method"]
-    assert (report["evaluated_on"], report["metrics"]["rows"]) == ("test", 20)
+    assert (report["evaluated_on"], report["metrics"]["rows"]) == ("test", 3)
     record = json.loads((tmp_path / "run/run.json").read_text())
-    assert record["rows"] == {"train": 16, "validation": 4, "test": 20}
+    assert record["rows"] == {"train": 16, "validation": 4, "test": 3}
     assert record["settings"]["loop"]["steps"] == 2
+
+
+def test_the_report_is_of_the_saved_state(
+    trimtab: Trimtab, bert: str, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Figures of the same accuracy: the lower loss decides, and the run says after which step it was."""
+    losses = iter((0.9, 0.2, 0.5))
+    monkeypatch.setattr(Classification, "evaluate", lambda *_: accuracy_metrics([0, 1], [0, 1], next(losses)))
+    options = ("--method", "LoRA", "--steps", "3", "--evaluate-every", "1", "--output", "run")
+    shown = trimtab("train", bert, data, *options).out
+    assert "the state after step 2 of 3, the best on validation" in shown
+    assert "loss 0.2000" in shown
+    report = json.loads(Path("run/run.json").read_text())["report"]
+    assert (report["saved_step"], report["steps"], report["metrics"]["values"]["loss"]) == (2, 3, 0.2)
+    again = trimtab("train", "--resume", "--output", "run", "--json").document
+    assert again["saved_step"] == 2
+
+
+def test_the_last_state_is_saved_without_validation(trimtab: Trimtab, bert: str, data: str) -> None:
+    shown = trimtab("train", bert, data, "--method", "LoRA", "--steps", "2", "--validation", "0", "--output", "run")
+    assert "the state after step 2 of 2, the last" in shown.out
+
+
+@pytest.mark.parametrize("option", ["--validation", "--test"])
+def test_training_data_are_refused_for_figures(trimtab: Trimtab, bert: str, data: str, option: str) -> None:
+    ended = trimtab("train", bert, data, "--method", "LoRA", option, "data.csv", "--output", "run")
+    refused(
+        ended, f"{option} {data}: holds the rows that are trained on, so its figures would", f"example {option} 0.1."
+    )
+
+
+def test_the_numbers_of_a_new_head_are_told_apart(trimtab: Trimtab, bert: str, data: str) -> None:
+    ended = trimtab("train", bert, data, "--method", "LoRA", "--steps", "1", "--output", "run")
+    assert "numbers, 34 of them the new head: " in ended.err
+    assert "numbers, 34 of them the new head: " in ended.out
+    planned = trimtab("plan", bert, "--method", "LoRA", "--task", "classification")
+    assert "numbers are trained, 34 of them the new head (" in planned.out
+    document = trimtab("plan", bert, "--method", "LoRA", "--json").document
+    assert document["new_head_numbers"] == 0
+    assert "of them" not in trimtab("plan", bert, "--method", "LoRA").out
+
+
+def test_the_learning_rate_has_its_long_name(trimtab: Trimtab, bert: str, data: str) -> None:
+    trained(trimtab, bert, data, "--method", "LoRA", "--steps", "1", "--learning-rate", "0.5", "--output", "run")
+    assert json.loads(Path("run/run.json").read_text())["settings"]["loop"]["lr"] == 0.5
+    refused(trimtab("train", bert, data, "--learning_rate", "1"), "Did you mean '--learning-rate'")
 
 
 def test_the_learning_rate_follows_the_method() -> None:
@@ -636,6 +686,7 @@ def test_inspect_needs_no_model(trimtab: Trimtab, run: Path) -> None:
     assert found["method"].startswith("Compose(methods=(LoRA(), FullTuning(")
     assert sum(torch.Size(entry["shape"]).numel() for entry in found["tensors"]) == found["numbers"]
     shown = trimtab("inspect", "run/adapter.safetensors").out
+    assert f"{found['size']:,} bytes\n" in shown
     for part in ("base digest", "lineage", "versions", "1/classifier:bias/value", "float32"):
         assert part in shown
 
@@ -725,6 +776,62 @@ def test_exchange_with_peft(trimtab: Trimtab, gpt2: str, tmp_path: Path) -> None
     torch.testing.assert_close(models[1](ids).logits, models[0](ids).logits, rtol=1e-5, atol=1e-6)
     refused(trimtab("export", gpt2, "run", "exported"), "exported is not empty")
     refused(trimtab("import", gpt2, "exported", "imported"), "exists already and is left as it is")
+
+
+def test_exchange_of_a_classifier_with_peft(trimtab: Trimtab, bert: str, run: Path, tmp_path: Path) -> None:
+    shown = trimtab("export", bert, "run", "exported").out
+    built = f"transformers.BertForSequenceClassification.from_pretrained({bert!r}, num_labels=2)"
+    assert f"  base = {built}\n  model = peft.PeftModel.from_pretrained(base, 'exported')\n" in shown
+    ended = trimtab("import", bert, "exported", "imported")
+    assert f"  base = {built}\n  adapter = trimtab.load(base, 'imported')\n" in ended.out, ended.err
+
+    def logits(folder: str) -> torch.Tensor:
+        model = transformers.BertForSequenceClassification.from_pretrained(bert, num_labels=2).eval()
+        tt.load(model, tmp_path / folder)
+        return model(torch.tensor([[4, 5, 6]])).logits
+
+    torch.testing.assert_close(logits("imported"), logits("run"), rtol=1e-5, atol=1e-6)
+    peft = pytest.importorskip("peft")
+    base = transformers.BertForSequenceClassification.from_pretrained(bert, num_labels=2).eval()
+    found = peft.PeftModel.from_pretrained(base, tmp_path / "exported").eval()(torch.tensor([[4, 5, 6]])).logits
+    torch.testing.assert_close(found, logits("run"), rtol=1e-5, atol=1e-6)
+
+
+def test_a_classifier_that_peft_wrote_is_imported(trimtab: Trimtab, bert: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = transformers.BertForSequenceClassification.from_pretrained(bert, num_labels=3)
+    peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path / "written")
+    ended = trimtab("import", bert, "written", "imported")
+    assert "from_pretrained(" in ended.out, ended.err
+    assert "num_labels=3)" in ended.out
+
+
+def test_an_import_names_the_task_that_it_misses(trimtab: Trimtab, bert: str, run: Path, tmp_path: Path) -> None:
+    trimtab("export", bert, "run", "exported")
+    file = tmp_path / "exported/adapter_config.json"
+    config = json.loads(file.read_text())
+    assert config["auto_mapping"]["base_model_class"] == "BertForSequenceClassification"
+    assert trimtab("import", bert, "exported", "asked", "--task", "classification").status == 0
+    file.write_text(json.dumps(config | {"auto_mapping": None}))  # the head's name says it, too
+    assert trimtab("import", bert, "exported", "named").status == 0
+    file.write_text(json.dumps(config | {"auto_mapping": {"base_model_class": "BertModel"}}))
+    ended = trimtab("import", bert, "exported", "imported")
+    refused(ended, "this model has no module 'bert.encoder", "(`trimtab import`: give its --task)")
+    refused(
+        trimtab("import", bert, "exported", "imported", "--task", "clasification"), "Did you mean 'classification'?"
+    )
+
+
+def test_an_import_without_its_head_is_refused(trimtab: Trimtab, bert: str, run: Path, tmp_path: Path) -> None:
+    trimtab("export", bert, "run", "exported")
+    file = tmp_path / "exported/adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    weight, bias = "base_model.model.classifier.weight", "base_model.model.classifier.bias"
+    safetensors.torch.save_file({name: tensor for name, tensor in tensors.items() if name != bias}, file)
+    refused(trimtab("import", bert, "exported", "imported"), "does not hold 'classifier.bias', and", "trained head.")
+    safetensors.torch.save_file({n: tensor for n, tensor in tensors.items() if n not in (weight, bias)}, file)
+    refused(trimtab("import", bert, "exported", "imported"), "holds no head 'classifier' for a classification, and")
+    assert not (tmp_path / "imported").exists()
 
 
 # printing

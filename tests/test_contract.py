@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 import trimtab as tt
+import trimtab.contract.processes as processes
 from contract_cases import CASE_NAMES, zoo_cases
 from trimtab.check import INVARIANTS, Case, ContractViolation, attaches, built_in_cases, check_invariant, run_contract
 from trimtab.contract.case import NotApplicable, capabilities_of
@@ -208,6 +210,20 @@ def test_every_method_loads_in_a_new_process() -> None:
     outcomes = loads_in_a_new_process(jobs())
     unbroken(outcomes)
     assert sum(outcome.result == "held" for outcome in outcomes) >= len(METHODS) - 2
+
+
+def test_other_processes_are_heard_only_where_they_fail(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (case,) = (case for case in built_in_cases() if case.name == "mlp")
+    assert {outcome.result for outcome in trains_distributed([(tt.LoRA(rank=1), case)])} == {"held"}
+    assert capfd.readouterr().err == ""
+    with pytest.raises(RuntimeError, match=r"(?s)exit code 7.*What the processes wrote before:\nheard at the end$"):
+        processes._spawn(_says_and_ends, tmp_path, [], 1)
+    assert capfd.readouterr().err == ""
+
+
+def _says_and_ends(rank: int, folder: Path, work: object) -> None:
+    os.write(2, b"heard at the end\n")
+    os._exit(7)
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def train(entry: ZooModel, adapter: tt.Adapter, steps: int = 3, lr: float = 1e-2
         ),
         ("q_proj | lm_haed", r"no module or role is called 'lm_haed'\. Did you mean 'lm_head' or 'head'\?"),
         ("q_proj - v_prj", r"no module or role is called 'v_prj'\. Did you mean"),
-        ("q_proj[0:100]", r"the model has the blocks 0 to 1; asked for 0 to 99\."),
+        ("q_proj[0:100]", r"the model has the blocks 0 to 1, not 0 to 99\."),
     ],
     ids=["one-of-two", "whole-module", "exclusion", "layer-numbers"],
 )

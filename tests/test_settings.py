@@ -86,6 +86,12 @@ def test_draws_reach_both_ends() -> None:
         (lambda m: tt.attach(m, tt.LoRA(), name="a\n"), "adapter name 'a\\n': use letters, digits, '_' and '-' only."),
         (lambda m: tt.attach(m, tt.Compose(tt.Compose())), "Compose() needs at least one method."),
         (lambda m: tt.attach(m, tt.Compose(methods=3)), "Compose(methods=3): expected tuple[trimtab.method.Method"),
+        (
+            lambda m: tt.attach(m, tt.Compose([tt.LoRA(), tt.IA3()])),
+            "found tuple of list (methods: the parts, each an argument of its own: Compose(LoRA(), IA3()), or Compose(",
+        ),
+        (lambda m: tt.attach(m, tt.LoRA(targets=["key"])), "found list of str (targets: places to adapt)."),
+        (lambda m: tt.attach(m, tt.LoRA(rank="8")), "LoRA(rank='8'): expected int, found str (rank: rank of the up"),
         (lambda m: tt.attach(m, tt.LoRA(targets=len)), "the target function <built-in function len> failed: len()"),
         (lambda m: tt.attach(m, tt.LoRA()).parameter_groups(lr=float("nan")), "lr must be a number from 0, found nan."),
         (lambda m: tt.attach(m, tt.LoRA()).parameter_groups(1, True), "weight_decay must be a number from 0, found Tr"),
@@ -100,6 +106,47 @@ def test_what_was_asked_is_named(make: Callable[[Any], object], message: str) ->
     for adapter in tt.adapters(model).values():
         adapter.detach()
     drawn.assert_unchanged(model, before)
+
+
+def targeted(model: torch.nn.Module, targets: str | tuple[str, ...]) -> list[str]:
+    return [str(item) for item in resolve(Structure(model), targets)]
+
+
+def test_an_expression_takes_all_that_follows() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
+    assert targeted(model, "0 | re:(1|2)") == targeted(model, ("0", "re:(1|2)")) == ["0", "1", "2"]
+    assert targeted(model, "* - re:1|2") == ["0"]
+    assert targeted(model, " re:0|2") == ["0", "2"]
+    assert targeted(model, "0 | =2") == ["0", "2"]
+    with pytest.raises(tt.TargetError, match=r"target '0 - ' ends with an operator\."):
+        targeted(model, "0 - ")
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("0 | re:(1", "target 're:(1' is not a regular expression: missing ), unterminated subpattern at position 0."),
+        ("re:layer | 0", "no module or role is called 're:layer | 0'."),
+        ("=0 | 1", "no module or role is called '=0 | 1'."),
+    ],
+)
+def test_what_an_expression_took_is_said(targets: str, message: str) -> None:
+    with pytest.raises(tt.TargetError) as refusal:
+        targeted(torch.nn.Sequential(torch.nn.Linear(2, 2)), targets)
+    advice = " 're:' and '=' take all that follows: write them last, or give a tuple of targets."
+    assert message + advice in str(refusal.value)
+
+
+def test_loading_under_a_name_that_is_taken_is_no_fault_of_the_file(tmp_path: Path) -> None:
+    adapter = tt.attach(build("bert"), tt.LoRA())
+    file = adapter.save(tmp_path / "a.safetensors")
+    message = r"^an adapter named 'default' is attached already; detach it, or give load\(…, name=…\)\.$"
+    with pytest.raises(tt.AttachError, match=message):
+        tt.load(adapter.model, file)
+    tt.attach(adapter.model, tt.LoRA(), name="other")
+    with pytest.raises(tt.AttachError, match="an adapter named 'other' is attached already"):
+        tt.load(adapter.model, file, name="other")
+    assert list(tt.adapters(adapter.model)) == ["default", "other"]
 
 
 def test_binding_checks_its_arguments() -> None:
@@ -258,6 +305,15 @@ def test_a_misspelt_last_name_shows_where_it_is() -> None:
         for told in misspellings.told_about(word, lambda wrong: False, lambda wrong: resolve(structure, wrong)):
             assert told.text is not None
             assert f"{word}'" in told.text, told
+
+
+@pytest.mark.parametrize("word", ["Lora", "lora", "LORA", "Lorra", "loRa"])
+def test_case_does_not_hide_the_nearest(word: str) -> None:
+    assert nearest(word, tt.methods())[0] == "LoRA"
+    with pytest.raises(AttributeError, match=rf"has no attribute '{word}'\. Did you mean 'LoRA'"):
+        getattr(tt, word)
+    assert nearest("YES", ["no", "yes", "Yes"]) == ["yes", "Yes"]
+    assert nearest("Query", ["a.query", "b.query"]) == ["a.query", "b.query"]
 
 
 def test_swapped_letters_come_first() -> None:

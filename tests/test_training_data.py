@@ -24,7 +24,7 @@ from trimtab.training.columns import LABEL, TEXT, find_column
 from trimtab.training.data import read_table
 from trimtab.training.errors import DataError
 from trimtab.training.hub import hub_is_reachable
-from trimtab.training.splits import split_table
+from trimtab.training.splits import refuse_training_rows, split_table
 from trimtab.training.table import Table
 
 
@@ -351,6 +351,23 @@ def test_impossible_splits_are_refused() -> None:
         split_table(make_table(["a"] * 9), test=1.5)
     with pytest.raises(DataError, match=r"validation=0\.1 of its 2 rows is not one row that training can spare"):
         split_table(make_table(["a", "b"]), validation=0.1, label="label")
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_the_training_data_are_no_test(tmp_path: Path, name: str) -> None:
+    train, copy = tmp_path / "train.csv", tmp_path / "copy.csv"
+    for file in (train, copy):
+        file.write_text("text,label\none,a\ntwo,b\n", encoding="utf-8")
+    with pytest.raises(DataError) as refusal:
+        refuse_training_rows(name, read_table(train), read_table(train))
+    assert str(refusal.value) == (
+        f"{name}={train}: holds the rows that are trained on, so its figures would say nothing about new rows. Give "
+        f"other data, or a share of the rows that is kept back, for example {name}=0.1."
+    )
+    with pytest.raises(DataError, match=rf"holds the rows that are trained on, a copy of {re.escape(str(train))}, so"):
+        refuse_training_rows(name, read_table(copy), read_table(train))
+    copy.write_text("text,label\none,a\ntwo,a\n", encoding="utf-8")
+    refuse_training_rows(name, read_table(copy), read_table(train))
 
 
 # Batches

@@ -169,6 +169,15 @@ def test_the_baseline_is_the_majority_class_of_training() -> None:
     assert accuracy_metrics([0, 0, 1], [0, 0, 1]).is_better_than(baseline)
 
 
+def test_a_tie_is_decided_by_the_loss() -> None:
+    high, low = (accuracy_metrics([0, 1], [0, 1], loss) for loss in (0.9, 0.1))
+    assert low.is_better_than(high)
+    assert not high.is_better_than(low)
+    assert not low.is_better_than(low)
+    assert not low.is_better_than(accuracy_metrics([0, 1], [0, 1], 0.1))
+    assert high.is_better_than(accuracy_metrics([0, 0], [0, 1], 0.1))
+
+
 def test_an_evaluation_that_is_not_finite_stops() -> None:
     task = Classification.from_table(LABELLED)
     loader = make_loader(task.encode(LABELLED, make_tokenizer(), 8), 2, shuffle=False)

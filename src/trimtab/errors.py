@@ -31,21 +31,20 @@ class AdapterFileError(TrimtabError):
 
 
 def nearest(word: str, candidates: Iterable[str], count: int = 4) -> list[str]:
-    """Return up to `count` candidates most like `word`, best first (possibly none)."""
-    pool = list(dict.fromkeys(candidates))
-    tails = {name.rsplit(".", 1)[-1]: name for name in reversed(pool)}  # the first place of each last name
-    found = [name for name in (*pool, *tails) if sorted(name) == sorted(word)]  # two swapped letters
-    found += difflib.get_close_matches(word, pool, n=count, cutoff=0.5)
-    found += difflib.get_close_matches(word, tails, n=count, cutoff=0.5)
-    found = [name if name in pool else tails[name] for name in found]
-    return list(dict.fromkeys(found))[:count]
+    """Return up to `count` candidates most like `word`, in whatever case, best first (possibly none)."""
+    asked, pool = word.lower(), list(dict.fromkeys(candidates))
+    whole = [name.lower() for name in pool]
+    tails = {name.lower().rsplit(".", 1)[-1]: name for name in reversed(pool)}  # the first place of each last name
+    found = [form for form in (*whole, *tails) if sorted(form) == sorted(asked)]  # two swapped letters
+    found += [form for forms in (whole, tails) for form in difflib.get_close_matches(asked, forms, n=count, cutoff=0.5)]
+    named = [name for form in found for name in pool if name.lower() == form or name == tails.get(form)]
+    return list(dict.fromkeys(named))[:count]
 
 
 def suggestion(word: str, candidates: Iterable[str]) -> str:
     """Return ' Did you mean …?' for the nearest candidates, else the first few names (nothing without any)."""
     pool = list(dict.fromkeys(candidates))
-    close = nearest(word, pool)
-    if close:
+    if close := nearest(word, pool):
         return " Did you mean " + " or ".join(repr(name) for name in close) + "?"
     if not pool:
         return ""

@@ -33,8 +33,7 @@ Stored = Literal["always", "seed", "derived", "training"]
 class Capabilities:
     """What a method promises; `check_method` proves each entry and fails on a wrong one.
 
-    `base_mode` is no promise but a wish: the mode in which the base runs while this method trains, unless `attach` is
-    told otherwise.
+    `base_mode` is no promise but a wish: the base's mode while this method trains, unless `attach` is told otherwise.
     """
 
     starts_at_base: Literal["exact", "approximate", "no"]
@@ -198,7 +197,10 @@ def check_settings(method: Method) -> None:
         value = getattr(method, f.name)
         where = f"{type(method).__name__}({f.name}={brief(value)})"
         if not fits(value, hints[f.name]):
-            raise SettingError(f"{where}: expected {_readable(hints[f.name])}, found {type(value).__name__}.")
+            inside = ", ".join({type(item).__name__: 0 for item in value}) if isinstance(value, list | tuple) else ""
+            found = type(value).__name__ + (f" of {inside}" if inside else "")
+            meaning = f" ({f.name}: {f.metadata['help']})" if "help" in f.metadata else ""
+            raise SettingError(f"{where}: expected {_readable(hints[f.name])}, found {found}{meaning}.")
         _check_range(where, value, f.metadata)
     method.validate()
 

@@ -13,7 +13,7 @@ from trimtab.adapter import Adapter, Part
 from trimtab.adapter_file import decode_method, digest, encode_method, naming, read_adapter_file, write_adapter_file
 from trimtab.attach import adapters as attached_adapters
 from trimtab.attach import build, check_arguments, resolved_part
-from trimtab.errors import AdapterFileError, TargetError, TrimtabError
+from trimtab.errors import AdapterFileError, AttachError, TargetError, TrimtabError
 from trimtab.fingerprint import difference, fingerprint
 from trimtab.method import Method
 from trimtab.quantized import placed_like
@@ -81,9 +81,11 @@ def load(
     attach to a base whose weights differ from those it was trained on, for people who mean it.
     """
     header, tensors = read_adapter_file(path)
+    chosen, seed, base_mode = name or header["name"], header["seed"], header["base_mode"]
+    if isinstance(model, nn.Module) and str(chosen) in attached_adapters(model):  # type: ignore[redundant-expr]
+        raise AttachError(f"an adapter named {chosen!r} is attached already; detach it, or give load(…, name=…).")
     with naming(Path(path), "does not fit this model: {}"):
         method, dtype = decode_method(header["method"]), getattr(torch, header["dtype"])
-        chosen, seed, base_mode = name or header["name"], header["seed"], header["base_mode"]
         check_arguments(model, method, chosen, seed, dtype, base_mode)
         parts = _parts(model, method.parts(), header["items"])
         if not accept_other_base:
@@ -128,8 +130,7 @@ def _parts(model: nn.Module, methods: tuple[Method, ...], items: list[list[str]]
 
 
 def _check_base(header: dict[str, Any], model: nn.Module, parts: list[Part]) -> None:
-    problem = difference(header["fingerprint"], model, replaced_by(parts))
-    if problem is not None:
+    if (problem := difference(header["fingerprint"], model, replaced_by(parts))) is not None:
         merged = f" (merged into it, in order: {'; '.join(header['lineage'])})" if header["lineage"] else ""
         raise TrimtabError(
             f"was trained on another base model: {problem}. Load that{merged}, or pass accept_other_base=True."

@@ -3,7 +3,7 @@
 Grammar of a string: clauses joined by `|` (union) and `-` (without, blanks around it). A clause is a role
 (`attention`), a name or glob over module names (`q_proj`, `encoder.*.dense`), or `re:` and a regular expression;
 `[first:last]` behind it keeps the blocks first … last-1. `module:parameter` names one parameter; `=` in front takes a
-module's name whole, whatever role or longer name it also fits.
+module's name whole, whatever role or longer name it also fits. What begins with `re:` or `=` takes all that follows.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from trimtab.errors import TargetError, brief, suggestion
 from trimtab.method import Targets
 from trimtab.structure import Attention, Convolution, Structure, is_linear, is_norm
 
+_HALVES = re.compile(r"(?s)^((?:|.*?(?:\||\s-\s))\s*(?=re:|=)|.*)(.*)$")  # the second takes all that follows
+_ADVICE = " 're:' and '=' take all that follows: write them last, or give a tuple of targets."
 _CLAUSE = re.compile(r"^(?P<name>.+?)(\[(?P<first>\d{0,9}):(?P<last>\d{0,9})\])?$")
 
 
@@ -130,9 +132,9 @@ def _covers(outer: Item, inner: Item) -> bool:
 
 def split_clauses(expression: str) -> list[tuple[str, str]]:
     """Return the clauses of an expression, each with the operator in front of it; raises TargetError."""
-    if expression.startswith(("re:", "=")):
-        return [("|", expression)]
-    first, *rest = re.split(r"\s*(\||(?<=\s)-(?=\s))\s*", expression.strip())
+    before, whole = _HALVES.findall(expression)[0]
+    *others, last = re.split(r"\s*(\||(?<=\s)-(?=\s))\s*", before.lstrip())
+    first, *rest = (*others, last.strip() + whole)
     clauses = [("|", first), *zip(rest[::2], rest[1::2], strict=True)]
     if not first or first == "-":
         raise TargetError(f"target {expression!r} does not start with a clause.")
@@ -148,7 +150,7 @@ def _match(structure: Structure, clause: str) -> list[Item]:
     if not items:
         names = [*ROLES, *(path for path in structure.modules if path)]
         role = "this model has no part in the role" if name in ROLES else "no module or role is called"
-        hint = "" if name in ROLES else suggestion(name, names)
+        hint = "" if name in ROLES else _ADVICE if name.startswith("re:") or "|" in name else suggestion(name, names)
         raise TargetError(f"target {clause!r}: {role} {name!r}.{hint} `trimtab plan --sites` lists what there is.")
     if parsed is None or parsed["first"] is None:
         return items
@@ -159,9 +161,7 @@ def _in_blocks(structure: Structure, clause: str, items: list[Item], first: str,
     count = 1 + max((structure.block_index(block) or 0 for block in structure.blocks), default=-1)
     low, high = int(first or 0), int(last or count)
     if not 0 <= low < high <= count:
-        raise TargetError(
-            f"target {clause!r}: the model has the blocks 0 to {count - 1}; asked for {low} to {high - 1}."
-        )
+        raise TargetError(f"target {clause!r}: the model has the blocks 0 to {count - 1}, not {low} to {high - 1}.")
     kept = [i for i in items if (index := structure.block_index(i.path)) is not None and low <= index < high]
     if not kept:
         raise TargetError(f"target {clause!r}: nothing of it lies in the blocks {low} to {high - 1}.")
@@ -174,14 +174,12 @@ def _named(structure: Structure, name: str) -> list[Item]:
         try:
             pattern = re.compile(module_name[3:])
         except re.error as error:
-            raise TargetError(f"target {name!r} is not a regular expression: {error}.") from error
+            raise TargetError(f"target {name!r} is not a regular expression: {error}.{_ADVICE}") from error
         paths = [path for path in structure.modules if path and pattern.fullmatch(path)]
     elif module_name.startswith("="):
         paths = [path for path in structure.modules if path == module_name[1:]]
     else:
-        paths = [path for path in structure.modules if path and _fits(path, module_name)]
-        if not module_name and parameter:
-            paths = [""]
+        paths = [""] if parameter and not module_name else [p for p in structure.modules if p and _fits(p, module_name)]
     if not parameter:
         return [Item(path) for path in paths]
     holders = [path for path in paths if structure.modules[path]._parameters.get(parameter) is not None]

@@ -81,6 +81,11 @@ def count_text(count: int) -> str:
     return f"{count:,}"
 
 
+def new_head_text(count: int) -> str:
+    """Return how many of some trained numbers are a new head's, as what follows their count; '' for none."""
+    return f", {count:,} of them the new head" if count else ""
+
+
 def time_text(seconds: float) -> str:
     """Return a duration for people: '1 h 02 min', '3 min 05 s', '4.2 s'."""
     if seconds < 60:

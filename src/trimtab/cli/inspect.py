@@ -32,7 +32,8 @@ def inspect(
         (name, "×".join(map(str, tensor.shape)) or "1", str(tensor.dtype).removeprefix("torch."), _size(tensor))
         for name, tensor in tensors.items()
     )
-    described = tuple((name.replace("_", " "), _text(value)) for name, value in facts.items())
+    named = facts | {"size": f"{count_text(path.stat().st_size)} bytes"}
+    described = tuple((name.replace("_", " "), _text(value)) for name, value in named.items())
     show(Grid(("entry", "value"), described), "", Grid(("tensor", "shape", "dtype", "size"), rows))
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from trimtab.cli.console import Grid, count_text, note, show, show_json
+from trimtab.cli.console import Grid, count_text, new_head_text, note, show, show_json
 from trimtab.cli.options import AsJson
 from trimtab.cli.settings import method_from, read_config
 from trimtab.errors import SettingError, suggestion
@@ -43,7 +43,7 @@ def plan(
     if not wanted and not sites:
         raise SettingError("nothing to plan: give --method LoRA, for example, or --sites to list the model's places.")
     chosen = method_from(method, settings or [], targets, described) if wanted else None
-    skeleton = make_skeleton(model, _example_task(task, labels))
+    skeleton = make_skeleton(model, None if task is None else example_task(task, labels))
     if not skeleton.on_meta:
         note("this model cannot be built without numbers; it was built with random ones")
     document: dict[str, object] = {"model": model, "model_class": type(skeleton.model).__name__}
@@ -51,25 +51,27 @@ def plan(
         _show_sites(skeleton, document, json)
     if chosen is not None:
         composed = with_fresh_head(skeleton.model, chosen, skeleton.fresh)
-        _show_plan(make_plan(skeleton.model, composed), skeleton.fresh, document, json)
+        _show_plan(make_plan(skeleton.model, composed), skeleton, document, json)
     if json:
         show_json(document)
 
 
-def _example_task(name: str | None, labels: int) -> AnyTask | None:
+def example_task(name: str, labels: int) -> AnyTask:
     """Return a task that stands for all of its name: a model depends on the number of classes alone."""
     examples: dict[str, AnyTask] = {
         Classification.name: Classification("text", "label", tuple(str(number) for number in range(labels))),
         CausalLM.name: CausalLM(text="text"),
         Seq2Seq.name: Seq2Seq("source", "target"),
     }
-    if name is not None and name not in examples:
+    if name not in examples:
         raise SettingError(f"there is no task {name!r}." + suggestion(name, examples))
-    return examples[name] if name is not None else None
+    return examples[name]
 
 
-def _show_plan(found: Plan, fresh: tuple[str, ...], document: dict[str, object], json: bool) -> None:
+def _show_plan(found: Plan, skeleton: Skeleton, document: dict[str, object], json: bool) -> None:
+    head = sum(skeleton.model.get_parameter(name).numel() for name in skeleton.fresh)
     document["plan"] = dataclasses.asdict(found)
+    document["new_head_numbers"] = head
     if json:
         return
     rows = tuple((row.site, row.method, row.size, count_text(row.trainable)) for row in found.rows)
@@ -78,12 +80,14 @@ def _show_plan(found: Plan, fresh: tuple[str, ...], document: dict[str, object],
         Grid(("site", "method", "size", "trainable"), rows),
         "",
         Grid(("weights", "numbers", "reached"), reach),
-        f"\n{found.trainable:,} of {found.base:,} numbers are trained ({found.trainable / max(found.base, 1):.3%}). "
+        f"\n{found.trainable:,} of {found.base:,} numbers are trained{new_head_text(head)} "
+        f"({found.trainable / max(found.base, 1):.3%}). "
         f"Adapter {bytes_text(found.adapter_bytes)}; with gradients and Adam {bytes_text(found.training_bytes)}, "
         "activations on top.",
     )
-    if fresh:
-        show(f"The checkpoint has no head for this task: a new one is trained with the adapter ({', '.join(fresh)}).")
+    if skeleton.fresh:
+        names = ", ".join(skeleton.fresh)
+        show(f"The checkpoint has no head for this task: a new one is trained with the adapter ({names}).")
 
 
 def _show_sites(skeleton: Skeleton, document: dict[str, object], json: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trimtab.cli.console import Grid, is_main_process, note, program, show, show_json, time_text
+from trimtab.cli.console import Grid, is_main_process, new_head_text, note, program, show, show_json, time_text
 from trimtab.cli.options import AsJson
 from trimtab.cli.plan import MODEL_HELP
 from trimtab.cli.progress import shown_progress
@@ -56,7 +56,9 @@ def train(
     header: Annotated[Text, typer.Option(help="Names of the columns where the file has none: text,label.")] = None,
     max_length: Annotated[Whole, typer.Option(help="Tokens of a row. Default: what the model reads, ≤ 512.")] = None,
     precision: Annotated[Text, typer.Option(help=f"Of the base model: {', '.join(PRECISIONS)}.")] = None,
-    lr: Annotated[Number, typer.Option(help="Learning rate. Default: 1e-3; 5e-5 for the whole model.")] = None,
+    lr: Annotated[
+        Number, typer.Option("--lr", "--learning-rate", help="Default: 1e-3; 5e-5 for the whole model.")
+    ] = None,
     epochs: Annotated[Number, typer.Option(help="Passes over the data. Default: 3.")] = None,
     steps: Annotated[Whole, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
     batch_size: Annotated[Whole, typer.Option(help="Rows of a batch. Default: 16.")] = None,
@@ -169,7 +171,8 @@ def _announce(run: Run, folder: Path, resume: bool) -> None:
     rows = ", ".join(f"{count:,} rows for {part}" for part, count in run.record.rows.items() if count)
     note(f"{run.record.settings.data}: {rows}. {run.train.report()}")
     method = method_text(run.record.settings.method)
-    note(f"{method} trains {run.adapter.trainable_count:,} numbers, {run.share:.3%} of the base")
+    head = new_head_text(run.new_head_numbers)
+    note(f"{method} trains {run.adapter.trainable_count:,} numbers{head}: {run.share:.3%} of the base")
     if run.loaded.fresh:
         note(
             "the checkpoint has no head for this task: a new one is trained and saved with the adapter "
@@ -193,11 +196,13 @@ def _show_report(report: RunReport, folder: Path, json: bool) -> None:
         return
     head = f" and a new head ({', '.join(report.new_head)})" if report.new_head else ""
     again = f", {report.resumed_from} of them in earlier sessions" if report.resumed_from else ""
+    part = new_head_text(report.new_head_numbers)
     rows = [
         ("trained", f"{report.method}{head}"),
         ("on", f"{report.model} for {report.task}"),
-        ("trainable", f"{report.trainable:,} numbers, {report.share:.3%} of the base"),
-        ("steps", f"{report.steps}{again}, last loss {report.final_loss:.4f}"),
+        ("trainable", f"{report.trainable:,} numbers{part}: {report.share:.3%} of the base"),
+        ("steps", f"{report.steps}{again}, last training loss {report.final_loss:.4f}"),
+        ("saved", _saved_text(report)),
     ]
     if report.metrics is not None and report.baseline is not None:
         # The state that is kept was chosen on the validation rows: its figure there is the best, not an unbiased one.
@@ -209,6 +214,11 @@ def _show_report(report: RunReport, folder: Path, json: bool) -> None:
         ("file", f"{report.file}, {bytes_text(Path(report.file).stat().st_size)}"),
     ]
     show(Grid(("result", ""), tuple(rows)), f"\nUse it:\n  {command}")
+
+
+def _saved_text(report: RunReport) -> str:
+    chosen = "the last" if report.saved_step == report.steps else "the best on validation"
+    return f"the state after step {report.saved_step} of {report.steps}, {chosen}"
 
 
 def _baseline_text(report: RunReport) -> str:

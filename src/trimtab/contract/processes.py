@@ -9,9 +9,11 @@ import contextlib
 import copy
 import gc
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +91,36 @@ def trains_distributed(jobs: Sequence[Job]) -> list[Outcome]:
 def _run(worker: Callable[..., None], folder: Path, work: list[tuple[Job, Path]], world: int) -> list[Outcome]:
     if not work:
         return []
-    multiprocessing.spawn(worker, args=(folder, work), nprocs=world)  # type: ignore[no-untyped-call,attr-defined]
+    _spawn(worker, folder, work, world)
     return [Outcome(*fields) for fields in json.loads((folder / "outcomes.json").read_text(encoding="utf-8"))]
+
+
+def _spawn(worker: Callable[..., None], folder: Path, work: list[tuple[Job, Path]], world: int) -> None:
+    """Run the processes, whose notices (of torch and torchao, while they start and train) are shown if one fails."""
+    said = folder / "stderr.txt"
+    with _stderr_to(said):  # which they inherit as they start
+        started = multiprocessing.spawn(worker, args=(folder, work), nprocs=world, join=False)  # type: ignore[no-untyped-call,attr-defined]
+    try:
+        while not started.join():
+            pass
+    except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException) as error:  # type: ignore[attr-defined]
+        text = said.read_text(encoding="utf-8", errors="replace").strip()
+        raise RuntimeError(f"{str(error).strip()}\n\nWhat the processes wrote before:\n{text}") from error
+
+
+@contextlib.contextmanager
+def _stderr_to(file: Path) -> Iterator[None]:
+    """Let the processes that are started meanwhile write their standard error to a file."""
+    if os.name == "posix":
+        resource_tracker.ensure_running()  # it outlives the others, and would go on writing to the file
+    kept = os.dup(2)
+    try:
+        with file.open("ab") as stream:
+            os.dup2(stream.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _write(folder: Path, outcomes: list[Outcome]) -> None:

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from trimtab.interop.peft_export import ExportReceipt, export_lora
-from trimtab.interop.peft_import import import_adapter
+from trimtab.interop.peft_import import import_adapter, is_classifier, rows_of
 
-__all__ = ["ExportReceipt", "export_lora", "import_adapter"]
+__all__ = ["ExportReceipt", "export_lora", "import_adapter", "is_classifier", "rows_of"]

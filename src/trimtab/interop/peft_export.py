@@ -85,7 +85,7 @@ def export_lora(
             written[path] = write_factors(leaves, chosen // matrix_count(leaves[0]))
             tensors |= named_factors(leaves[0].site, written[path].down, written[path].up)
     config = _config([leaves[0].site for leaves in low.values()], tuple(whole), structure, chosen)
-    config |= {"base_model_name_or_path": base_model_name or None, "task_type": _task_type(adapter)}
+    config |= {"base_model_name_or_path": base_model_name or None} | _task(adapter)
     _write_folder(folder, tensors, config)
     return _receipt(folder, chosen, written, tuple(whole))
 
@@ -170,7 +170,6 @@ def _config(sites: list[ParameterSite], saved: tuple[str, ...], structure: Struc
     linear = [site.layout for site in sites if not isinstance(site.layout, EmbeddingLayout)]
     return {
         "peft_type": "LORA",
-        "auto_mapping": None,
         "revision": None,
         "inference_mode": True,
         "r": rank,
@@ -202,10 +201,12 @@ def _target_modules(paths: set[str], saved: tuple[str, ...], structure: Structur
 _TASKS = {"CausalLM": "CAUSAL_LM", "ConditionalGeneration": "SEQ_2_SEQ_LM"}
 
 
-def _task_type(adapter: Adapter) -> str | None:
-    """peft's name of the task, for its loader; others than generation would add modules to save and are left out."""
-    name = base_class(adapter.model).__name__
-    return next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
+def _task(adapter: Adapter) -> dict[str, Any]:
+    """peft's name of the task, for its loader; others would add modules to save: the model's class stands for them."""
+    own = base_class(adapter.model)
+    task = next((task for ending, task in _TASKS.items() if own.__name__.endswith(ending)), None)
+    named = {"base_model_class": own.__name__, "parent_library": own.__module__}
+    return {"task_type": task, "auto_mapping": None if task is not None else named}
 
 
 def _write_folder(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from trimtab.kinds.weight import ParameterSite
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+CLASSIFIERS = ("classifier", "score")  # the heads of sequence classifiers, as peft knows them
 _TENSOR = re.compile(r"^(?P<path>.+)\.lora_(?:(?:embedding_)?(?P<factor>[AB])|magnitude_vector)(?:\.weight)?$")
 
 

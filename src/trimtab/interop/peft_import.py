@@ -16,6 +16,7 @@ from trimtab.adapter import Adapter
 from trimtab.attach import attach
 from trimtab.errors import AdapterFileError, TrimtabError, suggestion
 from trimtab.interop.peft_format import (
+    CLASSIFIERS,
     CONFIG_FILE,
     PREFIX,
     WEIGHTS_FILE,
@@ -98,6 +99,23 @@ def import_adapter(model: nn.Module, folder: str | Path, name: str = "default", 
     return adapter
 
 
+def is_classifier(folder: str | Path) -> bool:
+    """Say whether a folder that peft wrote belongs to a model that classifies whole texts; raises AdapterFileError."""
+    config = _read_config(Path(folder) / CONFIG_FILE)
+    named, task = config.get("auto_mapping"), config.get("task_type")
+    if isinstance(named, dict) and "base_model_class" in named:
+        return str(named["base_model_class"]).endswith("ForSequenceClassification")
+    return task == "SEQ_CLS" or (
+        task is None and any(name in CLASSIFIERS for name in config.get("modules_to_save", ()))
+    )
+
+
+def rows_of(folder: str | Path, module: str) -> int | None:
+    """Return the rows of a weight that a folder holds whole, None where it does not; raises AdapterFileError."""
+    weight = _read_tensors(Path(folder)).get(f"{module}.weight")
+    return None if weight is None or weight.dim() == 0 else len(weight)
+
+
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -161,7 +179,10 @@ def _sort_tensors(
         own = path.removesuffix(".base_layer")
         module = structure.modules.get(own)
         if module is None:
-            raise AdapterFileError(f"{file}: this model has no module {own!r}." + suggestion(own, structure.modules))
+            raise AdapterFileError(
+                f"{file}: this model has no module {own!r}.{suggestion(own, structure.modules)} Load the class "
+                "of model that the adapter was trained on (`trimtab import`: give its --task)."
+            )
         if parsed is not None:
             low.setdefault(path, {})[key] = tensor
         elif saves_whole(config.get("modules_to_save", ()), path) and module._parameters.get(key) is not None:
@@ -207,8 +228,10 @@ def _check_complete(file: Path, config: Mapping[str, Any], structure: Structure,
         raise AdapterFileError(f"{file}: {CONFIG_FILE} selects {path!r}, but its tensors are missing.")
     for path in sorted(found - selected):
         raise AdapterFileError(f"{file}: holds tensors of {path!r}, which {CONFIG_FILE} does not select.")
+    # For these tasks peft names every head that it knows, whatever the model has.
+    guessed = CLASSIFIERS if config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") else ()
     for entry in saved:
-        if not any(path == entry or path.endswith(f".{entry}") for path in structure.modules):
+        if entry not in guessed and not any(selects([entry], path) for path in structure.modules):
             raise AdapterFileError(f"{file}: modules_to_save names {entry!r}, which this model has not.")
 
 

@@ -148,8 +148,8 @@ class _Run:
         if self.output is not None:
             save_adapter(self.adapter, self.output, training=False, write=self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()
-        memory = peak_bytes(self.accelerator.device)
-        return TrainingResult(state.step, state.seconds, state.loss, memory, state.best, state.last, resumed_from)
+        peak, saved = peak_bytes(self.accelerator.device), state.best_step or state.step
+        return TrainingResult(state.step, state.seconds, state.loss, peak, state.best, state.last, resumed_from, saved)
 
     def _step(self, step: Step, interruption: Interruption) -> tuple[float, bool]:
         """Make one optimizer step; returns its mean loss and whether any process was asked to stop."""

@@ -35,7 +35,9 @@ class Metrics:
         return self.values[self.primary]
 
     def is_better_than(self, other: Metrics) -> bool:
-        """Return whether the primary figure is strictly better than `other`'s."""
+        """Return whether the primary figure is strictly better than `other`'s, or the same at a lower loss."""
+        if self.value == other.value:
+            return self.values.get("loss", math.inf) < other.values.get("loss", math.inf)
         return self.value > other.value if self.higher_is_better else self.value < other.value
 
     def __str__(self) -> str:

@@ -33,6 +33,7 @@ class Progress:
 class TrainingResult:
     """What a finished run gave. The adapter holds the state that was `best` on the validation data, where there is any.
 
+    `saved_step`: the number of steps after which it had that state, all of them without validation data.
     `final_loss`: mean training loss of the last step; `last`: metrics after it; `resumed_from`: the number of steps
     that earlier sessions had made.
     """
@@ -44,6 +45,7 @@ class TrainingResult:
     best: Metrics | None
     last: Metrics | None
     resumed_from: int
+    saved_step: int
 
 
 def peak_bytes(device: torch.device) -> int:

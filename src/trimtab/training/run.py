@@ -31,7 +31,7 @@ from trimtab.training.processes import Processes, current_processes
 from trimtab.training.progress import Progress, TrainingResult
 from trimtab.training.run_folder import RunRecord, clear, differences, read_record, write_record
 from trimtab.training.run_settings import RunSettings, method_text
-from trimtab.training.splits import Split, split_table
+from trimtab.training.splits import Split, refuse_training_rows, split_table
 from trimtab.training.table import Table
 from trimtab.training.tasks import AnyTask, make_task
 
@@ -58,22 +58,31 @@ class Run:
         """Trained numbers as a share of the base's."""
         return self.adapter.trainable_count / max(self.base_numbers, 1)
 
+    @property
+    def new_head_numbers(self) -> int:
+        """How many of the trained numbers are those of a new head."""
+        return self.loaded.fresh_numbers
+
 
 @dataclass(frozen=True)
 class RunReport:
     """What a finished run gave. `seconds` of training, `peak_bytes` of memory, `file` the adapter.
 
-    `metrics` and `baseline` are of the rows `evaluated_on`: "test" where there are such, else "validation" (the best
-    evaluation, whose state the file holds); None without either.
+    `saved_step`: the step whose state the file holds, the best on the validation rows, the last without any.
+    `metrics` and `baseline` are of the rows `evaluated_on`: "test" where there are such, else "validation"; None
+    without either. The metrics are those of the state in the file; `final_loss` is of the last step.
+    `new_head_numbers`: how many of the trained numbers are the new head's.
     """
 
     model: str
     task: str
     method: str
     new_head: tuple[str, ...]
+    new_head_numbers: int
     trainable: int
     share: float
     steps: int
+    saved_step: int
     resumed_from: int
     seconds: float
     peak_bytes: int
@@ -139,8 +148,10 @@ def read_parts(settings: RunSettings) -> tuple[AnyTask, Split]:
     validation, test = split.validation, split.test
     if shares["validation"] is None:
         validation = _read(settings, settings.validation, "validation")
+        refuse_training_rows("validation", validation, whole)
     if shares["test"] is None:
         test = _read(settings, settings.test, "test")
+        refuse_training_rows("test", test, whole)
     return task, Split(split.train, validation, test)
 
 
@@ -251,9 +262,11 @@ def _report(run: Run, result: TrainingResult, file: Path, processes: Processes) 
         task=task.name,
         method=method_text(settings.method),
         new_head=run.loaded.fresh,
+        new_head_numbers=run.new_head_numbers,
         trainable=run.adapter.trainable_count,
         share=run.share,
         steps=result.steps,
+        saved_step=result.saved_step,
         resumed_from=result.resumed_from,
         seconds=result.seconds,
         peak_bytes=result.peak_bytes,

@@ -50,6 +50,16 @@ def split_table(
     )
 
 
+def refuse_training_rows(name: str, part: Table, train: Table) -> None:
+    """Raise DataError where the data given as `name` are the training data, be it the same file or a copy of it."""
+    if (part.columns, part.rows) == (train.columns, train.rows):
+        other = "" if part.source == train.source else f", a copy of {train.source}"
+        raise DataError(
+            f"{name}={part.source}: holds the rows that are trained on{other}, so its figures would say nothing about "
+            f"new rows. Give other data, or a share of the rows that is kept back, for example {name}=0.1."
+        )
+
+
 def _groups(table: Table, seed: int, label: str | None) -> list[list[int]]:
     """Return the rows of each class in random order; one group when no label column is given."""
     members: dict[str, list[int]] = {}

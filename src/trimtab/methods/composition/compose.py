@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trimtab.errors import SettingError
 from trimtab.kinds.composition import Composition, weakest
@@ -17,7 +17,9 @@ class Compose(Composition):
     act on the same place act in the order given. Mergeable when every part is.
     """
 
-    methods: tuple[Method, ...]
+    methods: tuple[Method, ...] = field(
+        metadata={"help": "the parts, each an argument of its own: Compose(LoRA(), IA3()), or Compose(*parts)"}
+    )
 
     capabilities = Capabilities(starts_at_base="exact", merge="exact")
 
