@@ -90,7 +90,8 @@ class Bench:
 
 
 def train_step(bench: Bench, adapter: Adapter) -> None:
-    """Bind the adapter to a fresh optimizer and make one step."""
+    """Bind the adapter to a fresh optimizer and make the first step of a run."""
+    adapter.steps = 0
     optimizer = torch.optim.AdamW(adapter.parameter_groups(lr=1e-3))
     adapter.bind(optimizer, total_steps=8)
     bench.entry.loss().backward()
