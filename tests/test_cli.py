@@ -791,6 +791,9 @@ def test_exchange_of_a_classifier_with_peft(trimtab: Trimtab, bert: str, run: Pa
         return model(torch.tensor([[4, 5, 6]])).logits
 
     torch.testing.assert_close(logits("imported"), logits("run"), rtol=1e-5, atol=1e-6)
+    assert trimtab("merge", bert, "imported", "merged").status == 0
+    merged = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(torch.tensor([[4, 5, 6]])).logits, logits("run"), rtol=1e-5, atol=1e-6)
     peft = pytest.importorskip("peft")
     base = transformers.BertForSequenceClassification.from_pretrained(bert, num_labels=2).eval()
     found = peft.PeftModel.from_pretrained(base, tmp_path / "exported").eval()(torch.tensor([[4, 5, 6]])).logits

@@ -75,8 +75,9 @@ def import_adapter(
     if json:
         show_json({"file": str(written), "method": method_text(adapter.method), "trainable": adapter.trainable_count})
         return
+    names = " + ".join(f"{type(part.method).__name__} at {len(part.sites)} places" for part in adapter.parts)
     show(
-        f"imported {method_text(adapter.method)}: {adapter.trainable_count:,} numbers, {written}\n\nUse it:",
+        f"imported {names}: {adapter.trainable_count:,} numbers, {written}\n\nUse it:",
         f"  base = {_construction(base, model)}",
         f"  adapter = trimtab.load(base, {str(output)!r})",
     )
