@@ -12,7 +12,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -54,8 +53,8 @@ def outcomes_by_invariant(names: list[str], cases: list[str], invariants: list[s
     """Return every outcome of these invariants, attaching first; each core takes one method at a time."""
     found: dict[str, list[Outcome]] = {}
     cores, context = len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(cores, context, torch.set_num_threads, (1,), max_tasks_per_child=8) as pool:
-        for outcomes in pool.map(_of_method, names, [cases] * len(names), [invariants] * len(names)):
+    with context.Pool(cores, torch.set_num_threads, (1,), maxtasksperchild=8) as pool:
+        for outcomes in pool.starmap(_of_method, [(name, cases, invariants) for name in names], chunksize=1):
             for outcome in outcomes:
                 found.setdefault(outcome.invariant, []).append(outcome)
     return found
