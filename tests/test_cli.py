@@ -745,6 +745,24 @@ def test_an_adapter_without_a_run_is_merged_into_the_model_as_saved(
     torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)
 
 
+def test_adapters_are_merged_into_one_lora(trimtab: Trimtab, bert: str, data: str, tmp_path: Path) -> None:
+    for name, method in (("first", "LoRA"), ("second", "DoRA")):
+        trained(trimtab, bert, data, "--method", method, "--steps", "3", "--output", name)
+    options = ("--into", "lora", "--rank", "16", "--add", "second", "--factors")
+    shown = trimtab("merge", bert, "first", "both", *options, "0.25,0.75")
+    assert "combined at 13 places in rank 16, 2 tensors averaged whole; relative error" in shown.out, shown.err
+    assert "  adapter = trimtab.load(base, 'both')" in shown.out
+    found = trimtab("merge", bert, "first", "again", *options, "0.25,0.75", "--json").document
+    assert found["receipt"]["relative_error"] < 1e-4  # sixteen is the width
+    refused(trimtab("merge", bert, "first", "new", *options, "1,1"), "is trained whole", "must sum to 1, found 2")
+    refused(trimtab("merge", bert, "first", "new", *options, "1"), "--factors 1: give 2 numbers joined by commas")
+    refused(trimtab("merge", bert, "first", "new", "--into", "lora"), "--into lora needs --rank")
+    refused(trimtab("merge", bert, "first", "new", "--into", "lorra"), "Did you mean 'lora'")
+    refused(trimtab("merge", bert, "first", "new", "--rank", "4"), "--rank is for adapters as one LoRA: give --into")
+    refused(trimtab("merge", bert, "first", "both", *options, "0.5,0.5"), "both is not empty")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_merge_that_the_model_cannot_express_is_refused(trimtab: Trimtab, t5: str, tmp_path: Path) -> None:
     model = transformers.T5ForConditionalGeneration.from_pretrained(t5)
     adapter = tt.attach(model, tt.SSF(targets="attention"))  # T5's projections have no bias

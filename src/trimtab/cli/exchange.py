@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from torch import nn
 
 from trimtab.adapter_file import FILE_NAME
 from trimtab.cli.console import show, show_json
-from trimtab.cli.merge import open_adapter
+from trimtab.cli.merge import construction, open_adapter
 from trimtab.cli.options import AcceptOtherBase, AsJson
 from trimtab.cli.plan import MODEL_HELP, example_task
 from trimtab.errors import AdapterFileError
-from trimtab.hooks import base_class
 from trimtab.storage import replaced_by
 from trimtab.structure import Structure
 from trimtab.training.architectures import load_as_saved, make_skeleton
@@ -44,7 +43,7 @@ def export_adapter(
         return
     show(
         f"{receipt}\n\nUse it:",
-        f"  base = {_construction(adapter.model, model)}",
+        f"  base = {construction(adapter.model, model)}",
         f"  model = peft.PeftModel.from_pretrained(base, {str(folder)!r})",
     )
 
@@ -78,7 +77,7 @@ def import_adapter(
     names = " + ".join(f"{type(part.method).__name__} at {len(part.sites)} places" for part in adapter.parts)
     show(
         f"imported {names}: {adapter.trainable_count:,} numbers, {written}\n\nUse it:",
-        f"  base = {_construction(base, model)}",
+        f"  base = {construction(base, model)}",
         f"  adapter = trimtab.load(base, {str(output)!r})",
     )
 
@@ -105,10 +104,3 @@ def _base_of(model: str, folder: Path, task: str | None) -> tuple[nn.Module, tup
         chosen = example_task(wanted, labels)
     loaded = load_model(model, chosen, seed=0)
     return loaded.model, loaded.fresh
-
-
-def _construction(base: Any, model: str) -> str:
-    """Return the expression that builds a base model as it is here."""
-    name = base_class(base).__name__
-    labels = f", num_labels={base.config.num_labels}" if name.endswith("ForSequenceClassification") else ""
-    return f"transformers.{name}.from_pretrained({resolve_model(model).location!r}{labels})"

@@ -21,7 +21,6 @@ from trimtab.adapter_file import file_bytes, write_atomically
 from trimtab.errors import AdapterFileError, AttachError
 from trimtab.hooks import PREFIX as LEAF_PREFIX
 from trimtab.hooks import Leaf, base_class
-from trimtab.interop.peft_factors import WrittenFactors, common_rank, matrix_count, write_factors
 from trimtab.interop.peft_format import (
     CONFIG_FILE,
     PREFIX,
@@ -32,7 +31,8 @@ from trimtab.interop.peft_format import (
 )
 from trimtab.kinds.layouts import EmbeddingLayout, TransposedLayout
 from trimtab.kinds.selection import SelectionMethod
-from trimtab.kinds.weight import CallLeaf, ParameterSite, WeightLeaf, WeightMethod
+from trimtab.kinds.weight import CallLeaf, ParameterSite, WeightLeaf
+from trimtab.merging.factors import Factored, common_rank, factored, matrix_count, why_no_change
 from trimtab.quantized import for_file
 from trimtab.structure import Structure
 
@@ -82,7 +82,7 @@ def export_lora(
     written = {}
     with torch.no_grad():
         for path, leaves in low.items():
-            written[path] = write_factors(leaves, chosen // matrix_count(leaves[0]))
+            written[path] = factored(leaves, chosen // matrix_count(leaves[0]))
             tensors |= named_factors(leaves[0].site, written[path].down, written[path].up)
     config = _config([leaves[0].site for leaves in low.values()], tuple(whole), structure, chosen)
     config |= {"base_model_name_or_path": base_model_name or None} | _task(adapter)
@@ -109,19 +109,10 @@ def _low_rank_leaves(adapter: Adapter) -> dict[str, list[WeightLeaf]]:
 
 def _inexpressible(leaf: Leaf) -> str | None:
     """Say why a leaf's change is no ΔW of a module that peft's LoRA can name; None where it is."""
-    method = leaf.method
-    if not isinstance(method, WeightMethod):
-        return "it does not change weights"
-    promised = method.promises()
-    if promised.merge != "exact" or promised.input_dependent:
-        return promised.merge_reason or "its change depends on the input"
-    if not isinstance(leaf, CallLeaf):
+    reason = why_no_change(leaf)
+    if reason is None and not isinstance(leaf, CallLeaf):
         return f"{str(leaf.site)!r} is a parameter that no layer of its own applies"
-    bias = leaf.bias()
-    new_bias = method.bias(leaf, bias)
-    if new_bias is not None and new_bias is not bias:
-        return f"it changes the bias of {leaf.site.path!r}"
-    return None
+    return reason
 
 
 def _whole_modules(adapter: Adapter, structure: Structure) -> dict[str, dict[str, Tensor]]:
@@ -218,7 +209,7 @@ def _write_folder(folder: Path, tensors: dict[str, Tensor], config: dict[str, An
     write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2).encode())
 
 
-def _receipt(folder: Path, rank: int, written: dict[str, WrittenFactors], saved: tuple[str, ...]) -> ExportReceipt:
+def _receipt(folder: Path, rank: int, written: dict[str, Factored], saved: tuple[str, ...]) -> ExportReceipt:
     worst = max(written, key=lambda path: written[path].error)
     norm = sum(each.norm for each in written.values())
     total = math.sqrt(sum(each.missed for each in written.values()) / norm) if norm else 0.0

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.errors import AdapterFileError, SettingError
+from trimtab.hooks import Leaf
 from trimtab.kinds.weight import WeightLeaf, WeightMethod
 
 
 @dataclass(frozen=True)
-class WrittenFactors:
-    """One module's factors: down (*lead, r, in), up (*lead, out, r); squared norms of what they miss and of ΔW."""
+class Factored:
+    """One weight's factors: down (*lead, r, in), up (*lead, out, r); squared norms of what they miss and of ΔW."""
 
     down: Tensor
     up: Tensor
@@ -32,7 +33,7 @@ class WrittenFactors:
 def common_rank(leaves_at: Mapping[str, Sequence[WeightLeaf]], rank: int | None) -> int:
     """Return the one rank of all modules: the given one, or the largest rank of their factors. Raises SettingError."""
     if rank is not None and rank < 1:
-        raise SettingError(f"export_lora(rank={rank}): must be at least 1.")
+        raise SettingError(f"rank={rank}: must be at least 1.")
     needed = 1
     for path, leaves in leaves_at.items():
         factors = [scaled_factors(leaf) for leaf in leaves]
@@ -47,7 +48,7 @@ def common_rank(leaves_at: Mapping[str, Sequence[WeightLeaf]], rank: int | None)
     counts = {path: matrix_count(leaves[0]) for path, leaves in leaves_at.items()}
     most = max(max(leaf.site.in_features, leaf.site.out_features) for leaves in leaves_at.values() for leaf in leaves)
     if rank is not None and rank > most * max(counts.values()):
-        raise SettingError(f"export_lora(rank={rank}): no layer is wider than {most}; give that or less.")
+        raise SettingError(f"rank={rank}: no layer is wider than {most}; give that or less.")
     chosen = needed if rank is None else rank
     uneven = [path for path, count in counts.items() if chosen % count]
     if uneven:
@@ -74,23 +75,45 @@ def scaled_factors(leaf: WeightLeaf) -> tuple[Tensor, Tensor] | None:
     return factors.down.detach(), (up if factors.scale == 1.0 else up * factors.scale).detach()
 
 
-def write_factors(leaves: Sequence[WeightLeaf], rank: int) -> WrittenFactors:
-    """Return one module's factors of exactly `rank` for each of its matrices."""
-    wanted = torch.stack([_change(leaf) for leaf in leaves]).sum(0)
-    if not bool(torch.isfinite(wanted).all()):
-        raise AdapterFileError(f"{leaves[0].site.path!r} holds NaN or infinite numbers; nothing was written.")
+def why_no_change(leaf: Leaf) -> str | None:
+    """Say why what a leaf does is no change ΔW of a weight alone; None where it is."""
+    method = leaf.method
+    if not isinstance(method, WeightMethod):
+        return "it does not change weights"
+    promised = method.promises()
+    if promised.merge != "exact" or promised.input_dependent:
+        return promised.merge_reason or "its change depends on the input"
+    if not leaf.site.called:
+        return None
+    assert isinstance(leaf, WeightLeaf)
+    bias = leaf.bias()
+    new_bias = method.bias(leaf, bias)
+    changes_bias = new_bias is not None and new_bias is not bias
+    return f"it changes the bias of {leaf.site.path!r}" if changes_bias else None
+
+
+def factored(leaves: Sequence[WeightLeaf], rank: int) -> Factored:
+    """Return the factors of the summed change of one weight, of exactly `rank` for each of its matrices."""
+    wanted = torch.stack([change_of(leaf) for leaf in leaves]).sum(0)
     pairs = [pair for leaf in leaves if (pair := scaled_factors(leaf)) is not None]
-    if len(pairs) == len(leaves) and sum(down.shape[-2] for down, _ in pairs) <= rank:
+    return nearest(leaves[0].site.path, wanted, pairs if len(pairs) == len(leaves) else None, rank)
+
+
+def nearest(path: str, wanted: Tensor, pairs: Sequence[tuple[Tensor, Tensor]] | None, rank: int) -> Factored:
+    """Return factors of exactly `rank` for a change: the pairs (down, up) whose sum it is, if they fit, else by SVD."""
+    if not bool(torch.isfinite(wanted).all()):
+        raise AdapterFileError(f"{path!r} holds NaN or infinite numbers; nothing was written.")
+    if pairs is not None and sum(down.shape[-2] for down, _ in pairs) <= rank:
         down, up = torch.cat([pair[0] for pair in pairs], -2), torch.cat([pair[1] for pair in pairs], -1)
     else:
         down, up = _best_factors(wanted, rank)
     down = F.pad(down, (0, 0, 0, rank - down.shape[-2]))
     up = F.pad(up, (0, rank - up.shape[-1]))
     missed = float((up.double() @ down.double() - wanted.double()).square().sum())
-    return WrittenFactors(down.cpu(), up.cpu(), missed, float(wanted.double().square().sum()))
+    return Factored(down.cpu(), up.cpu(), missed, float(wanted.double().square().sum()))
 
 
-def _change(leaf: WeightLeaf) -> Tensor:
+def change_of(leaf: WeightLeaf) -> Tensor:
     """Return ΔW (*lead, out, in) by the method's reference formula."""
     if type(leaf.method).weight is WeightMethod.weight:
         return leaf.method.delta(leaf)

@@ -1,0 +1,1 @@
+"""Arithmetic with trained adapters: their changes added, subtracted, averaged and compressed."""
