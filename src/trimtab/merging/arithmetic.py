@@ -72,23 +72,7 @@ def combine(
     Raises AttachError, SettingError, AdapterFileError; the model is unchanged then.
     """
     _check(model, files)
-    sums: dict[str, _Sum] = {}
-    whole: dict[str, Tensor] = {}
-    for file, factor in files:
-        adapter = load(model, file, name, accept_other_base=accept_other_base)
-        try:
-            with torch.no_grad():
-                _add(adapter, factor, sums, whole)
-        finally:
-            adapter.detach()
-    if not sums:
-        raise AttachError("combine: these adapters change no weight by a difference; there is no LoRA to make.")
-    total = math.fsum(factor for _, factor in files)
-    if whole and not math.isclose(total, 1.0, rel_tol=1e-6):
-        raise SettingError(
-            f"combine: {next(iter(whole))!r} is trained whole, and such tensors are averaged: the factors must sum to "
-            f"1, found {total:g}."
-        )
+    sums, whole = _sums(model, files, name, accept_other_base)
     method: Method = LoRA(rank=rank, targets=tuple(f"={place}" for place in sums))
     if whole:
         method = Compose(method, FullTuning(targets=tuple(f"={place}" for place in whole)))
@@ -108,6 +92,30 @@ def _check(model: nn.Module, files: Sequence[tuple[str | Path, float]]) -> None:
     for file, factor in files:
         if not fits(factor, float) or not math.isfinite(factor):
             raise SettingError(f"combine: the factor of {str(file)!r} must be a finite number, found {brief(factor)}.")
+
+
+def _sums(
+    model: nn.Module, files: Sequence[tuple[str | Path, float]], name: str, accept_other_base: bool
+) -> tuple[dict[str, _Sum], dict[str, Tensor]]:
+    """Return by place the sums of changes, and of tensors that are trained whole."""
+    sums: dict[str, _Sum] = {}
+    whole: dict[str, Tensor] = {}
+    for file, factor in files:
+        adapter = load(model, file, name, accept_other_base=accept_other_base)
+        try:
+            with torch.no_grad():
+                _add(adapter, factor, sums, whole)
+        finally:
+            adapter.detach()
+    if not sums:
+        raise AttachError("combine: these adapters change no weight by a difference; there is no LoRA to make.")
+    total = math.fsum(factor for _, factor in files)
+    if whole and not math.isclose(total, 1.0, rel_tol=1e-6):
+        raise SettingError(
+            f"combine: {next(iter(whole))!r} is trained whole, and such tensors are averaged: the factors must sum to "
+            f"1, found {total:g}."
+        )
+    return sums, whole
 
 
 def _add(adapter: Adapter, factor: float, sums: dict[str, _Sum], whole: dict[str, Tensor]) -> None:
