@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import safetensors.torch
@@ -208,9 +209,23 @@ def test_wrong_settings_are_refused(trimtab: Trimtab, bert: str, assignment: str
     refused(trimtab("plan", bert, "--method", "LoRA", "--set", assignment), message)
 
 
+def test_the_version_is_shown(trimtab: Trimtab) -> None:
+    assert trimtab("--version").out == f"{tt.__version__}\n"
+
+
+def test_ctrl_c_is_answered_in_every_command(trimtab: Trimtab, bert: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.cli.plan.make_skeleton", mock.Mock(side_effect=KeyboardInterrupt))
+    ended = trimtab("plan", bert, "--method", "LoRA")
+    assert (ended.status, ended.err.strip()) == (130, "interrupted")
+
+
 def test_a_setting_given_twice_or_as_a_flag_is_refused(trimtab: Trimtab, bert: str) -> None:
     refused(trimtab("plan", bert, "--method", "LoRA", "--set", "rank=2", "--set", "rank=3"), "'rank' is given twice")
-    refused(trimtab("plan", bert, "--method", "LoRA", "--rank", "2"), "--rank", "--method", "--set rank=…")
+    refused(
+        trimtab("plan", bert, "--method", "LoRA", "--rank", "2"),
+        "--rank",
+        "'rank' is a setting of methods: --set rank=…",
+    )
 
 
 def test_flags_come_before_the_file(trimtab: Trimtab, bert: str, tmp_path: Path) -> None:

@@ -595,6 +595,38 @@ def test_an_unknown_invariant_is_named() -> None:
         tt.check_method(LoRA, invariants=["merges_as_declare"])
 
 
+def test_what_is_no_method_and_no_case_is_named() -> None:
+    with pytest.raises(tt.SettingError, match="check_method needs a method or its class, found"):
+        tt.check_method(dict)  # type: ignore[arg-type]
+    with pytest.raises(tt.SettingError, match=r"needs models as cases, Case\(name, build, inputs\), found"):
+        tt.check_method(LoRA, models=[torch.nn.Linear(2, 2)])  # type: ignore[list-item]
+
+    @dataclass(frozen=True)
+    class Nowhere(Method):
+        capabilities = LoRA.capabilities
+
+        def tensors(self, site: object) -> dict[str, Spec]:
+            return {}
+
+    with pytest.raises(tt.SettingError, match="Nowhere lacks the setting 'targets', which says where a method acts"):
+        tt.check_method(Nowhere)
+
+
+def test_the_same_violation_in_many_places_is_told_once() -> None:
+    @dataclass(frozen=True)
+    class Crashing(_Broken):
+        capabilities = LoRA.capabilities
+
+        def factors(self, leaf: WeightLeaf) -> Factors:
+            raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(ContractViolation, match=r"RuntimeError: shapes do not fit \(and in \d more places\)") as raised:
+        tt.check_method(
+            Crashing(rank=2), [BUILT_IN["mlp"]], ["starts_as_declared", "file_is_small", "disabled_is_the_base"]
+        )
+    assert str(raised.value).count("shapes do not fit") == 1
+
+
 def test_a_setting_without_a_default_is_asked_for() -> None:
     @dataclass(frozen=True)
     class NeedsWidth(WeightMethod):

@@ -672,3 +672,21 @@ def test_parts_that_do_not_add_up_are_refused_in_one_adapter_too() -> None:
     with pytest.raises(trimtab.AttachError, match=text):
         trimtab.attach(model, both)
     assert not trimtab.adapters(model)
+
+
+def test_a_head_outside_the_adapter_is_told_when_loading_fails(tmp_path: Path) -> None:
+    entry, other = ZOO["bert"](0, 0.0), ZOO["bert"](0, 0.0)
+    file = trimtab.attach(entry.model, trimtab.LoRA(rank=2)).save(tmp_path)
+    with torch.no_grad():
+        other.model.get_parameter("classifier.weight").add_(1.0)  # as transformers draws it anew
+    text = (
+        r"the weights of 'classifier:weight' are other ones.* A new head is trained by FullTuning\(targets='head'\)\."
+    )
+    with pytest.raises(trimtab.AdapterFileError, match=text):
+        trimtab.load(other.model, file)
+    assert repr(trimtab.adapters(entry.model)["default"]).startswith("<Adapter 'default': LoRA(rank=2, ")
+
+
+def test_a_role_that_a_model_lacks_is_told_with_those_it_has() -> None:
+    with pytest.raises(trimtab.TargetError, match=r"no part in the role 'all-linear'; it has .*'head'"):
+        trimtab.attach(nn.Sequential(nn.Linear(6, 4)), trimtab.LoRA(rank=2))

@@ -82,7 +82,7 @@ class Part:
         return [row_of(site, type(self.method).__name__, shapes) for site, shapes in trained.items()]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Adapter:
     """A named, attached instance of a method. Not a module: its tensors live in the model it is attached to."""
 
@@ -103,11 +103,12 @@ class Adapter:
         for part in self.parts:
             part.adapter = self
 
+    def __repr__(self) -> str:
+        return f"<Adapter {self.name!r}: {self.method!r}, {self.trainable_count:,} numbers>"
+
     def __setattr__(self, name: str, value: object) -> None:
         if name not in self.__dataclass_fields__ and name != "trainable":
-            raise AttachError(
-                f"an adapter has no {name!r}." + suggestion(name, ("trainable", *self.__dataclass_fields__))
-            )
+            raise AttachError(f"an adapter has no {name!r}." + suggestion(name, dir(self)))
         object.__setattr__(self, name, value)
 
     def __getstate__(self) -> dict[str, Any]:

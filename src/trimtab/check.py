@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from trimtab.contract import declarations, execution, files, life, quantised, samples, training, weights
 from trimtab.contract.case import Case, ContractViolation, attaches
 from trimtab.contract.instances import small_instance
 from trimtab.contract.models import built_in_cases
-from trimtab.contract.report import ContractReport, Invariant, outcome_of
-from trimtab.errors import SettingError, TrainingError, suggestion
+from trimtab.contract.report import ContractReport, Invariant, Outcome, outcome_of
+from trimtab.errors import SettingError, TrainingError, brief, suggestion
 from trimtab.method import Method, check_settings
 
 __all__ = [
@@ -79,7 +80,7 @@ def check_method(
     """
     report = run_contract(method, models, invariants)
     if not report.held:
-        found = "\n".join(f"- {violation}" for violation in report.violations)
+        found = "\n".join(_by_cause(report.violations))
         raise ContractViolation(f"{report.method!r} breaks its contract in {len(report.violations)} places:\n{found}")
     return report
 
@@ -91,6 +92,7 @@ def run_contract(
 ) -> ContractReport:
     """Check a method as `check_method` does, and return the report whatever it says."""
     cases = list(built_in_cases() if models is None else models)
+    _check_arguments(method, cases)
     names = list(INVARIANTS if invariants is None else invariants)
     for name in names:
         if name not in INVARIANTS:
@@ -104,6 +106,26 @@ def run_contract(
         if attaching.result == "held":
             outcomes += [outcome_of(INVARIANTS[name], instance, case, name) for name in names]
     return ContractReport(instance, tuple(outcomes))
+
+
+def _by_cause(violations: Sequence[Outcome]) -> Iterator[str]:
+    """Yield one line for each text of a violation: where it was first, and how often."""
+    causes: dict[str, list[Outcome]] = {}
+    for violation in violations:
+        causes.setdefault(violation.detail, []).append(violation)
+    for same in causes.values():
+        yield f"- {same[0]}" + (f" (and in {len(same) - 1} more places)" if len(same) > 1 else "")
+
+
+def _check_arguments(method: object, cases: list[Any]) -> None:
+    if not isinstance(method, Method) and not (isinstance(method, type) and issubclass(method, Method)):
+        raise SettingError(f"check_method needs a method or its class, found {brief(method)}.")
+    cls: type[Method] = method if isinstance(method, type) else type(method)
+    if cls.parts is Method.parts and "targets" not in cls.__dataclass_fields__:
+        raise SettingError(f"{cls.__name__} lacks the setting 'targets', which says where a method acts.")
+    for case in cases:
+        if not isinstance(case, Case):
+            raise SettingError(f"check_method needs models as cases, Case(name, build, inputs), found {brief(case)}.")
 
 
 def check_invariant(name: str, method: Method, case: Case) -> None:

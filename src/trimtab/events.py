@@ -40,8 +40,7 @@ class Binding:
         adapter = self.adapter
         if adapter.steps >= self.total_steps and any(p.method.promises().requires_binding for p in adapter.parts):
             raise TrainingError(
-                f"adapter {adapter.name!r} is bound for total_steps={self.total_steps}, and this is another step: its "
-                f"schedule has ended. Bind it for the length of the whole run."
+                f"adapter {adapter.name!r}: its total_steps={self.total_steps} are over; bind it for the whole run."
             )
         _unscale(optimizer)
         if self.has_penalty:
@@ -92,8 +91,7 @@ class Binding:
         wild = next((name for name, size in largest.items() if not math.isfinite(size)), None)
         if wild is not None:
             raise TrainingError(
-                f"adapter {self.adapter.name!r}: the gradient of {wild!r} is not finite in one of the first two steps: "
-                f"the loss is not a number, or overflows. Lower the learning rate, or look at the data and the base."
+                f"adapter {self.adapter.name!r}: the gradient of {wild!r} is not finite; lower the learning rate."
             )
         self.reached |= {name for name, size in largest.items() if size > 0}
         missing = [name for name in gradients if name not in self.reached]
@@ -103,8 +101,7 @@ class Binding:
             raise TrainingError(
                 f"adapter {self.adapter.name!r}: after two steps no gradient has reached {shown} "
                 f"({len(missing)} of {len(gradients)} tensors). They would never train: the model does not use these "
-                f"places, checkpointing with frozen inputs cuts the gradient (use use_reentrant=False), or the first "
-                f"step went so far that nothing is left to learn (a lower learning rate)."
+                f"places, checkpointing with frozen inputs cuts the gradient (use_reentrant=False), or lr is too high."
             )
 
     def release(self) -> None:

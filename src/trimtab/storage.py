@@ -132,8 +132,9 @@ def _parts(model: nn.Module, methods: tuple[Method, ...], items: list[list[str]]
 def _check_base(header: dict[str, Any], model: nn.Module, parts: list[Part]) -> None:
     if (problem := difference(header["fingerprint"], model, replaced_by(parts))) is not None:
         merged = f" (merged into it, in order: {'; '.join(header['lineage'])})" if header["lineage"] else ""
+        new = " A new head is trained by FullTuning(targets='head')." if f"'{Structure(model).head}:" in problem else ""
         raise TrimtabError(
-            f"was trained on another base model: {problem}. Load that{merged}, or pass accept_other_base=True."
+            f"was trained on another base model: {problem}. Load that{merged}, or pass accept_other_base=True.{new}"
         )
 
 

@@ -149,9 +149,11 @@ def _match(structure: Structure, clause: str) -> list[Item]:
     items = ROLES[name](structure) if name in ROLES else _named(structure, name)
     if not items:
         names = [*ROLES, *(path for path in structure.modules if path)]
-        role = "this model has no part in the role" if name in ROLES else "no module or role is called"
-        hint = "" if name in ROLES else _ADVICE if name.startswith("re:") or "|" in name else suggestion(name, names)
-        raise TargetError(f"target {clause!r}: {role} {name!r}.{hint} `trimtab plan --sites` lists what there is.")
+        if name in ROLES:
+            there = ", ".join(repr(role) for role, find in ROLES.items() if find(structure))
+            raise TargetError(f"target {clause!r}: this model has no part in the role {name!r}; it has {there}.")
+        hint = _ADVICE if name.startswith("re:") or "|" in name else suggestion(name, names)
+        raise TargetError(f"target {clause!r}: no module or role is called {name!r}.{hint} See `trimtab plan --sites`.")
     if parsed is None or parsed["first"] is None:
         return items
     return _in_blocks(structure, clause, items, parsed["first"], parsed["last"])

@@ -8,12 +8,12 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
 
-from trimtab.cli.console import note, show_error
+from trimtab.cli.console import note, show, show_error
 from trimtab.cli.demo import demo
 from trimtab.cli.exchange import export_adapter, import_adapter
 from trimtab.cli.flags import with_flags
@@ -26,6 +26,7 @@ from trimtab.cli.train import train
 from trimtab.errors import TrimtabError, suggestion
 from trimtab.method import methods as catalogue
 from trimtab.training.errors import Interrupted
+from trimtab.version import __version__
 
 FAILED, INTERRUPTED = 2, 130
 # Base class of what typer raises for a wrong command line; typer's own name for it changes with its version.
@@ -40,6 +41,23 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        show(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and end.")
+    ] = False,
+) -> None:
+    """The options of trimtab itself."""
+
+
 app.command()(demo)
 app.command()(methods)
 app.command()(plan)
@@ -82,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         show_error(f"{error.filename or 'the operating system'}: {error.strerror or error}.")
         return FAILED
+    if status == INTERRUPTED:  # typer's own answer to Ctrl-C
+        note("interrupted")
     return status if isinstance(status, int) else 0
 
 
@@ -142,5 +162,5 @@ def _no_such_option(error: Any) -> str:
 def _method_setting_hint(error: Any) -> str:
     """Say how settings of methods are given where an unknown flag is the name of one."""
     name = error.option_name.lstrip("-").replace("-", "_")
-    owner = next((cls.__name__ for cls in catalogue().values() if name in cls.__dataclass_fields__), None)
-    return "" if owner is None else f" {name!r} is a setting of {owner}, for example: --method {owner} --set {name}=…"
+    known = any(name in cls.__dataclass_fields__ for cls in catalogue().values())
+    return f" {name!r} is a setting of methods: --set {name}=…" if known else ""

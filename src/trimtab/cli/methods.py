@@ -43,9 +43,12 @@ def methods(
     if json:
         show_json({"methods": found})
         return
-    header = ("name", "kind", "paper", "starts at base", "merge", "capabilities")
+    header = ("name", "kind", "paper", "starts at base", "merge")
     rows = tuple(_row(cls) for cls in catalogue().values())
-    show(Grid(header, rows), f"\n{len(rows)} methods. `trimtab methods NAME` shows one with its settings.")
+    show(
+        Grid(header, rows),
+        f"\n{len(rows)} methods. `trimtab methods NAME` shows one with its settings and capabilities.",
+    )
 
 
 def _show_abilities(names: list[str] | None, json: bool, markdown: bool) -> None:
@@ -78,8 +81,7 @@ def capability_page(found: Mapping[str, Mapping[str, str]]) -> str:
 def _row(cls: type[Method]) -> tuple[str, ...]:
     summary, capabilities = _summary(cls), cls.capabilities
     paper = str(summary["paper"] or "–")
-    able = ", ".join(_abilities(cls))
-    return cls.__name__, kind_of(cls), paper, capabilities.starts_at_base, capabilities.merge, able
+    return cls.__name__, kind_of(cls), paper, capabilities.starts_at_base, capabilities.merge
 
 
 def kind_of(cls: type[Method]) -> str:
@@ -105,12 +107,6 @@ def _summary(cls: type[Method]) -> dict[str, object]:
 
 def _capabilities(cls: type[Method]) -> dict[str, object]:
     return dataclasses.asdict(cls.capabilities)
-
-
-def _abilities(cls: type[Method]) -> list[str]:
-    """Return the names of what the method can do; what it must or cannot do stands in its own columns."""
-    able = ("linear_in_parameters", "cached_generation", "quantized_base", "per_sample_gradients", "routable")
-    return [name.replace("_", " ") for name in able if _capabilities(cls)[name]]
 
 
 def _show_one(cls: type[Method], json: bool) -> None:

@@ -52,6 +52,8 @@ def plan(
     if chosen is not None:
         composed = with_fresh_head(skeleton.model, chosen, skeleton.fresh)
         _show_plan(make_plan(skeleton.model, composed), skeleton, document, json)
+        if task is None and not json:
+            show("The model is as its checkpoint names it; with --task its head is that of `trimtab train`.")
     if json:
         show_json(document)
 

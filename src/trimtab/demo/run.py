@@ -174,7 +174,7 @@ def _page(
         commands=(
             f"{program} predict {folder / user.key} 'where did my shared folder go'",
             f"{program} inspect {folder / user.key}",
-            f"{program} train minilm {folder / 'data' / 'train.csv'} --method LoRA --output my-run",
+            f"{program} train minilm {folder / 'data' / 'train.csv'} --method LoRA --output my-lora",
         ),
     )
 

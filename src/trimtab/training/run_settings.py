@@ -20,6 +20,8 @@ from trimtab.training.schedule import LoopSettings
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_EPOCHS = 3.0
+SHOWN = 4
+"""Of a longer list of names the first so many are shown."""
 _LOOP_NAMES = tuple(entry.name for entry in dataclasses.fields(LoopSettings))
 
 
@@ -129,6 +131,8 @@ def settings_from_dict(values: Mapping[str, Any]) -> RunSettings:
 def _value_text(value: object) -> str:
     if isinstance(value, Method):
         return method_text(value)
+    if isinstance(value, tuple) and len(value) > SHOWN and all(isinstance(item, str) for item in value):
+        return f"({', '.join(map(repr, value[:SHOWN]))}, … {len(value)} in all)"
     if isinstance(value, tuple):
         return "(" + ", ".join(map(_value_text, value)) + ")"
     return repr(value)
