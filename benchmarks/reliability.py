@@ -52,9 +52,7 @@ def measured(part: str, full: bool) -> dict[str, Any]:
 def page(results: dict[str, Any]) -> str:
     """Return the page: a verdict for each row, what falls short first of all."""
     rows = [(part, row) for part in PARTS if part in results for row in results[part]["rows"]]
-    short = [
-        f"- {part}: {row['what']}: {row['measured']} (asked: {row['asked']})" for part, row in rows if not row["holds"]
-    ]
+    short = [f"- {part}: {row['what']}; the figures are below" for part, row in rows if not row["holds"]]
     short += [f"- {part}: not measured yet" for part in PARTS if part not in results]
     short += [
         f"- {part}: measured at small size only" for part in PARTS if results.get(part, {}).get("size") == "small"

@@ -41,7 +41,8 @@ TOLERANCE = 1e-6
 AMPLIFICATION = 4
 """Or by so many times what one process differs by when it sums the same rows in another order."""
 SETTINGS = replace(method_runs.SETTINGS, steps=4)
-OTHER_ORDER = replace(SETTINGS, batch_size=SETTINGS.batch_size * SETTINGS.accumulation, accumulation=1)
+ROWS = SETTINGS.batch_size * SETTINGS.accumulation
+OTHER_ORDERS = [replace(SETTINGS, batch_size=size, accumulation=ROWS // size) for size in (ROWS, 2, 1)]
 CUT = 2
 
 
@@ -51,7 +52,7 @@ class Found:
 
     `best`: figures of the state that is kept; `loaded`: those of a plain model into which the saved file was loaded.
     `refusal`: the error that stopped it, empty otherwise. `sharded`: share of the model's numbers in shards.
-    `rounding`: how far one process alone gets from itself by summing in another order.
+    `rounding`: how far one process alone gets from itself by summing in other orders.
     """
 
     losses: tuple[float, ...] = ()
@@ -109,11 +110,18 @@ def _run(name: str, folder: Path) -> Found:
 
 
 def _rounding(name: str, folder: Path, losses: Sequence[float], figures: Sequence[float]) -> float:
-    others: list[float] = []
-    setup = set_up(name, dropout=0.0)
-    result = fit(setup, OTHER_ORDER, output=folder / "other", on_progress=lambda progress: others.append(progress.loss))
-    assert result.last is not None
-    return max(apart(others, losses), apart(tuple(result.last.values.values()), figures))
+    found = []
+    for settings in OTHER_ORDERS:
+        others: list[float] = []
+        result = fit(
+            set_up(name, dropout=0.0),
+            settings,
+            output=folder / f"micro-batches of {settings.batch_size}",
+            on_progress=lambda progress, kept=others: kept.append(progress.loss),
+        )
+        assert result.last is not None
+        found += [apart(others, losses), apart(tuple(result.last.values.values()), figures)]
+    return max(found)
 
 
 def _figures_of_file(setup: Setup, folder: Path) -> tuple[float, ...]:
