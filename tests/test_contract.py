@@ -631,6 +631,7 @@ def test_a_setting_without_a_default_is_asked_for() -> None:
     @dataclass(frozen=True)
     class NeedsWidth(WeightMethod):
         width: int
+        targets: Targets = setting("all-linear", "places")
         capabilities = LoRA.capabilities
 
     with pytest.raises(tt.SettingError, match="NeedsWidth has no default for 'width': give check_method an instance"):
