@@ -585,14 +585,6 @@ def test_the_folder_has_a_telling_name(trimtab: Trimtab, bert: str, data: str, t
     )
 
 
-@pytest.fixture
-def heeds_interrupts() -> Iterator[None]:
-    """A process started in the background of a shell ignores SIGINT, and so would the command run in it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @contextmanager
 def interrupting(step: int) -> Iterator[Callable[[Progress], None]]:
     def on_progress(progress: Progress) -> None:
@@ -602,7 +594,6 @@ def interrupting(step: int) -> Iterator[Callable[[Progress], None]]:
     yield on_progress
 
 
-@pytest.mark.usefixtures("heeds_interrupts")
 def test_an_interrupted_run_goes_on_to_the_same_bits(
     trimtab: Trimtab, bert: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -626,7 +617,6 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert tensors_of(tmp_path / "run") == tensors_of(tmp_path / "unbroken")
 
 
-@pytest.mark.usefixtures("heeds_interrupts")
 def test_resuming_needs_the_same_data(
     trimtab: Trimtab, bert: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
