@@ -15,7 +15,7 @@ from trimtab.demo.contestants import CONTESTANTS
 from trimtab.demo.data import messages
 from trimtab.demo.page import Page, Result, headline, render
 from trimtab.demo.picture import Point, draw
-from trimtab.demo.run import contestants_named, run_demo
+from trimtab.demo.run import _Clock, contestants_named, run_demo
 
 ROOT = Path(__file__).parents[1]
 
@@ -112,3 +112,16 @@ def test_one_contestant_from_training_to_use_in_a_new_process(tmp_path: Path) ->
     assert {label for _, label in page.samples} <= {row["intent"] for row in messages()}
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
     assert page.results[0].file_bytes == (tmp_path / "bitfit" / "adapter.safetensors").stat().st_size
+
+
+def test_the_time_left_follows_a_contestant_that_is_slower_than_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("trimtab.demo.run.time.monotonic", lambda: now)
+    clock = _Clock(2)
+    now = 10.0
+    assert clock.remaining(0, 0.0) is None
+    assert clock.remaining(0, 0.5) == 10.0 + 20.0
+    clock.finished()
+    now = 30.0
+    assert clock.remaining(1, 0.5) == 20.0
+    assert clock.remaining(1, 1.0) == 0.0

@@ -75,7 +75,7 @@ def run_demo(
 
 
 class _Clock:
-    """Estimates the time left from the contestants that are done; they take about equally long."""
+    """Estimates the time left: like the contestants that are done on average, or longer where this one is slower."""
 
     def __init__(self, count: int) -> None:
         self.count, self.begin, self.times = count, time.monotonic(), list[float]()
@@ -89,13 +89,11 @@ class _Clock:
     def remaining(self, number: int, share: float) -> float | None:
         """Seconds left when `share` of contestant `number` (from 0) is trained; None while nothing is known."""
         spent = time.monotonic() - self.started
-        if self.times:
-            each = sum(self.times) / len(self.times)
-        elif share > 0.05:
-            each = spent / share
-        else:
+        at_this_pace = spent / share if share > 0.05 else 0.0
+        each = sum(self.times) / len(self.times) if self.times else at_this_pace
+        if each == 0.0:
             return None
-        return max(0.0, each * (self.count - number) - min(spent, each))
+        return each * (self.count - number - 1) + max(0.0, max(each, at_this_pace) - spent)
 
 
 def _trained(one: Contestant, data: Path, folder: Path, epochs: float) -> Iterator[dict[str, Any]]:
