@@ -57,7 +57,7 @@ body { margin: 0; background: var(--paper); color: var(--ink);
 main { max-width: 1040px; margin: 0 auto; padding: 40px 24px 72px; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4em; }
 h2 { font-size: 1.2rem; margin: 2.2em 0 .6em; }
-p { margin: 0 0 .8em; } .lead { font-size: 1.1rem; } .soft { color: var(--soft); }
+p { margin: 0 0 .8em; } .lead { font-size: 1.1rem; } .soft { color: var(--soft); } .wide + .soft { margin-top: .8em; }
 svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--ink); font: 12.5px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; }
 svg .tick, svg .axis { fill: var(--soft); } svg .grid { stroke: var(--line); stroke-width: 1; }
