@@ -75,7 +75,7 @@ def page(results: dict[str, Any]) -> str:
 
 def section(part: str, result: dict[str, Any]) -> list[str]:
     """Return the lines of one part: what it does, its rows, the conditions."""
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in sorted(result["versions"].items()))
     full = " --full" if result["size"] == "full" else ""
     title, _, about = result["about"].partition("\n\n")
     conditions = f"{result['date']}, commit {result['commit']}, {result['size']} size, {result['seconds']} s"
