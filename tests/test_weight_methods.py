@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -690,3 +691,15 @@ def test_a_head_outside_the_adapter_is_told_when_loading_fails(tmp_path: Path) -
 def test_a_role_that_a_model_lacks_is_told_with_those_it_has() -> None:
     with pytest.raises(trimtab.TargetError, match=r"no part in the role 'all-linear'; it has .*'head'"):
         trimtab.attach(nn.Sequential(nn.Linear(6, 4)), trimtab.LoRA(rank=2))
+
+
+def test_parts_that_do_not_add_up_are_refused_in_a_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = trimtab.Compose(trimtab.LoRA(rank=2, targets="0"), trimtab.DoRA(rank=2, targets="0"))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["trimtab.attach"], "refuse_conflicts", lambda pairs, owner="": None)
+        file = trimtab.attach(nn.Sequential(nn.Linear(6, 4)), both).save(tmp_path)
+    model = nn.Sequential(nn.Linear(6, 4))
+    with pytest.raises(trimtab.AdapterFileError, match="DoRA and LoRA both act on '0:weight', and one of them is not"):
+        trimtab.load(model, file, accept_other_base=True)
+    assert type(model) is nn.Sequential
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -79,7 +80,6 @@ def resolved_parts(structure: Structure, method: Method) -> list[Part]:
     for index, part in enumerate(method.parts()):
         check_settings(part)
         parts.append(resolved_part(structure, part, index, resolve(structure, vars(part)["targets"])))
-        _refuse_conflicts(parts[-1:], parts[:-1], "")
     return parts
 
 
@@ -95,9 +95,10 @@ def resolved_part(structure: Structure, method: Method, index: int, items: list[
 
 def build(adapter: Adapter, dtype: torch.dtype, calibration: Batches | None = None) -> Adapter:
     """Create the leaves of resolved parts, initialise them, and register the adapter; undone on any error."""
+    refuse_conflicts(itertools.combinations(adapter.parts[::-1], 2))
     attached = begin(adapter.model)
     for other in attached.adapters.values():
-        _refuse_conflicts(adapter.parts, other.parts, f" (adapter {other.name!r})")
+        refuse_conflicts(itertools.product(adapter.parts, other.parts), f" (adapter {other.name!r})")
     adapter.lineage = adapter.model.__dict__.get(LINEAGE, ())
     try:
         for part in adapter.parts:
@@ -171,13 +172,12 @@ def _calibrate(adapter: Adapter, batches: Batches) -> None:
     adapter.active = True
 
 
-def _refuse_conflicts(parts: list[Part], others: list[Part], owner: str) -> None:
+def refuse_conflicts(pairs: Iterable[tuple[Part, Part]], owner: str = "") -> None:
     """Additive methods add up at one site; a second one that is not additive is undefined there."""
-    for part, other in itertools.product(parts, others):
+    for part, other in pairs:
         if part.method.promises().additive and other.method.promises().additive:
             continue
-        overlap = {str(site) for site in part.sites} & {str(site) for site in other.sites}
-        if overlap:
+        if overlap := {str(site) for site in part.sites} & {str(site) for site in other.sites}:
             raise AttachError(
                 f"{type(part.method).__name__} and {type(other.method).__name__}{owner} both act on "
                 f"{sorted(overlap)[0]!r}, and one of them is not additive: choose other targets"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from trimtab.adapter import Part
-from trimtab.attach import resolved_parts
+from trimtab.attach import refuse_conflicts, resolved_parts
 from trimtab.method import Method
 from trimtab.report import Row, table
 from trimtab.structure import Structure
@@ -68,6 +69,7 @@ def plan(model: nn.Module, method: Method) -> Plan:
     """Dry run: sites, trainable count, memory, and what is not covered; changes nothing, works on the meta device."""
     structure = Structure(model)
     parts = resolved_parts(structure, method)
+    refuse_conflicts(itertools.combinations(parts[::-1], 2))
     rows = tuple(row for part in parts for row in part.rows())
     trainable = sum(row.trainable for row in rows)
     specs = [spec for part in parts for _, spec in part.named_specs()]

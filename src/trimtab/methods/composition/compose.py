@@ -14,7 +14,8 @@ class Compose(Composition):
     """Several methods as one adapter: attached, trained, saved and disabled together.
 
     `Compose(PrefixTuning(length=30), ParallelAdapter(bottleneck=512))`. Each part keeps its own targets; parts that
-    act on the same place act in the order given. Mergeable when every part is.
+    act on the same place act in the order given; where one of two on a weight is not additive, both are refused.
+    Mergeable when every part is.
     """
 
     methods: tuple[Method, ...] = field(
