@@ -51,6 +51,7 @@ class Recorder:
         self.comparisons: Counter[str] = Counter()
         self.tests: Counter[str] = Counter()
         self.attached: dict[str, set[str]] = defaultdict(set)
+        self.made_of: dict[str, set[str]] = {}
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
@@ -63,7 +64,9 @@ class Recorder:
 
         def started(adapter: Adapter) -> None:
             start(adapter)
-            self.attached[file] |= {type(method).__name__ for method in (adapter.method, *adapter.method.parts())}
+            name, parts = type(adapter.method).__name__, {type(part).__name__ for part in adapter.method.parts()}
+            self.attached[file] |= {name, *parts}
+            self.made_of.setdefault(name, set()).update(parts)
 
         with (
             mock.patch("torch.testing.assert_close", recorded),
@@ -94,7 +97,7 @@ def measured() -> dict[str, Any]:
     files = {
         file: {
             "about": _about(file),
-            "methods": _methods_of(file, recorder.attached),
+            "methods": _methods_of(file, recorder),
             "tests": recorder.tests[file],
             "comparisons": recorder.comparisons[file],
             "errors": recorder.errors[file],
@@ -120,13 +123,17 @@ def _named(file: str) -> str:
     return file.removeprefix("test_").removesuffix("_peft").replace("_", "")
 
 
-def _methods_of(file: str, attached: dict[str, set[str]]) -> list[str]:
-    """Return the method that a file is named after; else all that it attached and that have no file of their own."""
-    own = {_named(other) for other in attached}
-    exact = [name for name in attached[file] if name.lower().startswith(_named(file)) and _named(file) != "lora"]
-    if _named(file) == "lora":
-        exact = [name for name in attached[file] if name in ("LoRA", "LoRAPlus", "RsLoRA")]
-    return sorted(exact or [name for name in attached[file] if name.lower() not in own and name != "LoRA"])
+def _methods_of(file: str, recorder: Recorder) -> list[str]:
+    """Return the method that a file is named after, with those that are nothing but it under another name.
+
+    For other files: all methods that they attached and that have no file of their own.
+    """
+    attached, own = recorder.attached[file], {_named(other) for other in recorder.attached}
+    named = [name for name in attached if name.lower() == _named(file)]
+    named = named or [name for name in attached if name.lower().startswith(_named(file))]
+    if named:
+        return sorted(name for name in attached if name in named or recorder.made_of.get(name, {name}) <= set(named))
+    return sorted(name for name in attached if name.lower() not in own and name != "LoRA")
 
 
 def _differences(name: str) -> list[str]:

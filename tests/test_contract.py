@@ -533,7 +533,9 @@ def test_a_method_that_adds_up_wrongly_fails() -> None:
         check_invariant("two_adapters_keep_apart", Normalised(), BUILT_IN["twice-used"])
 
 
-def test_a_crash_is_a_violation_and_not_a_refusal() -> None:
+def crashing_lora() -> Method:
+    """A LoRA whose factors cannot be computed."""
+
     @dataclass(frozen=True)
     class Crashing(_Broken):
         capabilities = LoRA.capabilities
@@ -541,7 +543,11 @@ def test_a_crash_is_a_violation_and_not_a_refusal() -> None:
         def factors(self, leaf: WeightLeaf) -> Factors:
             raise RuntimeError("shapes do not fit")
 
-    report = run_contract(Crashing(rank=2), [BUILT_IN["mlp"]], ["starts_as_declared"])
+    return Crashing(rank=2)
+
+
+def test_a_crash_is_a_violation_and_not_a_refusal() -> None:
+    report = run_contract(crashing_lora(), [BUILT_IN["mlp"]], ["starts_as_declared"])
     assert [outcome.detail for outcome in report.violations] == ["RuntimeError: shapes do not fit"]
 
 
@@ -613,16 +619,9 @@ def test_what_is_no_method_and_no_case_is_named() -> None:
 
 
 def test_the_same_violation_in_many_places_is_told_once() -> None:
-    @dataclass(frozen=True)
-    class Crashing(_Broken):
-        capabilities = LoRA.capabilities
-
-        def factors(self, leaf: WeightLeaf) -> Factors:
-            raise RuntimeError("shapes do not fit")
-
     with pytest.raises(ContractViolation, match=r"RuntimeError: shapes do not fit \(and in \d more places\)") as raised:
         tt.check_method(
-            Crashing(rank=2), [BUILT_IN["mlp"]], ["starts_as_declared", "file_is_small", "disabled_is_the_base"]
+            crashing_lora(), [BUILT_IN["mlp"]], ["starts_as_declared", "file_is_small", "disabled_is_the_base"]
         )
     assert str(raised.value).count("shapes do not fit") == 1
 

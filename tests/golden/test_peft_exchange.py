@@ -469,7 +469,7 @@ def test_exports_overwrite_nothing_and_need_an_unmerged_adapter(llama: ZooModel,
 
 def test_ranks_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     adapter = trained(layers(), trimtab.LoRA(rank=4, targets="linear | grouped"))
-    with pytest.raises(trimtab.SettingError, match=r"rank=0: must be at least 1\."):
+    with pytest.raises(trimtab.SettingError, match=r"export_lora\(rank=0\): must be at least 1\."):
         export_lora(adapter, tmp_path, rank=0)
     with pytest.raises(trimtab.SettingError, match=r"rank 3 cannot be divided among the 2 groups .* a multiple of 2"):
         export_lora(adapter, tmp_path, rank=3)

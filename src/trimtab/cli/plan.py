@@ -19,7 +19,7 @@ from trimtab.targets import ROLES
 from trimtab.training.architectures import Skeleton, make_skeleton
 from trimtab.training.causal_lm import CausalLM
 from trimtab.training.classification import Classification
-from trimtab.training.heads import with_fresh_head
+from trimtab.training.heads import head_numbers, with_fresh_head
 from trimtab.training.seq2seq import Seq2Seq
 from trimtab.training.tasks import TASKS, AnyTask
 
@@ -71,7 +71,7 @@ def example_task(name: str, labels: int) -> AnyTask:
 
 
 def _show_plan(found: Plan, skeleton: Skeleton, document: dict[str, object], json: bool) -> None:
-    head = sum(skeleton.model.get_parameter(name).numel() for name in skeleton.fresh)
+    head = head_numbers(skeleton.model, skeleton.fresh)
     document["plan"] = dataclasses.asdict(found)
     document["new_head_numbers"] = head
     if json:

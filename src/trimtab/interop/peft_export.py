@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from trimtab.adapter import Adapter
 from trimtab.adapter_file import file_bytes, write_atomically
-from trimtab.errors import AdapterFileError, AttachError
+from trimtab.errors import AdapterFileError, AttachError, SettingError
 from trimtab.hooks import PREFIX as LEAF_PREFIX
 from trimtab.hooks import Leaf, base_class
 from trimtab.interop.peft_format import (
@@ -32,7 +33,14 @@ from trimtab.interop.peft_format import (
 from trimtab.kinds.layouts import EmbeddingLayout, TransposedLayout
 from trimtab.kinds.selection import SelectionMethod
 from trimtab.kinds.weight import CallLeaf, ParameterSite, WeightLeaf
-from trimtab.merging.factors import Factored, common_rank, factored, matrix_count, why_no_change
+from trimtab.merging.factors import (
+    errors_of,
+    errors_text,
+    factored,
+    matrix_count,
+    scaled_factors,
+    why_no_change,
+)
 from trimtab.quantized import for_file
 from trimtab.structure import Structure
 
@@ -51,10 +59,8 @@ class ExportReceipt:
 
     def __str__(self) -> str:
         whole = f", {len(self.modules_to_save)} saved whole" if self.modules_to_save else ""
-        return (
-            f"wrote {len(self.modules)} modules of rank {self.rank}{whole} to {self.folder}; relative error "
-            f"{self.relative_error:.3g}, at worst {self.worst_error:.3g} ({self.worst_module})"
-        )
+        errors = errors_text(self.relative_error, self.worst_module, self.worst_error)
+        return f"wrote {len(self.modules)} modules of rank {self.rank}{whole} to {self.folder}; {errors}"
 
 
 def export_lora(
@@ -77,7 +83,7 @@ def export_lora(
     low, whole = _low_rank_leaves(adapter), _whole_modules(adapter, structure)
     if not low:
         raise AttachError(f"adapter {adapter.name!r} adds nothing to a weight: there is no LoRA to write.")
-    chosen = common_rank(low, rank)
+    chosen = _common_rank(low, rank)
     tensors = {f"{PREFIX}{path}.{name}": value for path, values in whole.items() for name, value in values.items()}
     written = {}
     with torch.no_grad():
@@ -87,7 +93,36 @@ def export_lora(
     config = _config([leaves[0].site for leaves in low.values()], tuple(whole), structure, chosen)
     config |= {"base_model_name_or_path": base_model_name or None} | _task(adapter)
     _write_folder(folder, tensors, config)
-    return _receipt(folder, chosen, written, tuple(whole))
+    return ExportReceipt(folder, chosen, tuple(written), tuple(whole), *errors_of(written))
+
+
+def _common_rank(leaves_at: Mapping[str, Sequence[WeightLeaf]], rank: int | None) -> int:
+    """Return the one rank of all modules: the given one, or the largest rank of their factors. Raises SettingError."""
+    if rank is not None and rank < 1:
+        raise SettingError(f"export_lora(rank={rank}): must be at least 1.")
+    needed = 1
+    for path, leaves in leaves_at.items():
+        factors = [scaled_factors(leaf) for leaf in leaves]
+        absent = [type(leaf.method).__name__ for leaf, pair in zip(leaves, factors, strict=True) if pair is None]
+        if rank is None and absent:
+            raise SettingError(
+                f"{absent[0]} does not give its change of {path!r} as a product of two factors: choose rank=… to write "
+                f"the best approximation of that rank; the receipt states its error."
+            )
+        own = sum(pair[0].shape[-2] for pair in factors if pair is not None)
+        needed = max(needed, matrix_count(leaves[0]) * own)
+    counts = {path: matrix_count(leaves[0]) for path, leaves in leaves_at.items()}
+    most = max(max(leaf.site.in_features, leaf.site.out_features) for leaves in leaves_at.values() for leaf in leaves)
+    if rank is not None and rank > most * max(counts.values()):
+        raise SettingError(f"export_lora(rank={rank}): no layer is wider than {most}; give that or less.")
+    chosen = needed if rank is None else rank
+    uneven = [path for path, count in counts.items() if chosen % count]
+    if uneven:
+        raise SettingError(
+            f"rank {chosen} cannot be divided among the {counts[uneven[0]]} groups of the convolution {uneven[0]!r}: "
+            f"choose rank= a multiple of {math.lcm(*counts.values())}."
+        )
+    return chosen
 
 
 def _low_rank_leaves(adapter: Adapter) -> dict[str, list[WeightLeaf]]:
@@ -207,10 +242,3 @@ def _write_folder(folder: Path, tensors: dict[str, Tensor], config: dict[str, An
             raise AdapterFileError(f"{folder}: {name!r} holds NaN or infinite numbers; nothing was written.")
     write_atomically(folder / WEIGHTS_FILE, file_bytes(tensors, {"format": "pt"}))
     write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2).encode())
-
-
-def _receipt(folder: Path, rank: int, written: dict[str, Factored], saved: tuple[str, ...]) -> ExportReceipt:
-    worst = max(written, key=lambda path: written[path].error)
-    norm = sum(each.norm for each in written.values())
-    total = math.sqrt(sum(each.missed for each in written.values()) / norm) if norm else 0.0
-    return ExportReceipt(folder, rank, tuple(written), saved, total, worst, written[worst].error)

@@ -15,7 +15,16 @@ from trimtab.adapter import Adapter
 from trimtab.attach import adapters, attach
 from trimtab.errors import AttachError, SettingError, brief
 from trimtab.kinds.selection import SelectionMethod
-from trimtab.merging.factors import Factored, change_of, matrix_count, nearest, scaled_factors, why_no_change
+from trimtab.merging.factors import (
+    Factored,
+    change_of,
+    errors_of,
+    errors_text,
+    matrix_count,
+    nearest,
+    scaled_factors,
+    why_no_change,
+)
 from trimtab.method import Method, fits
 from trimtab.methods.composition.compose import Compose
 from trimtab.methods.selection.full_tuning import FullTuning
@@ -36,10 +45,8 @@ class CombineReceipt:
 
     def __str__(self) -> str:
         whole = f", {len(self.averaged_whole)} tensors averaged whole" if self.averaged_whole else ""
-        return (
-            f"combined at {self.places} places in rank {self.rank}{whole}; relative error {self.relative_error:.3g}, "
-            f"at worst {self.worst_error:.3g} ({self.worst_place})"
-        )
+        errors = errors_text(self.relative_error, self.worst_place, self.worst_error)
+        return f"combined at {self.places} places in rank {self.rank}{whole}; {errors}"
 
 
 @dataclass
@@ -152,7 +159,4 @@ def _fill(adapter: Adapter, sums: dict[str, _Sum], whole: dict[str, Tensor], ran
             found[place] = nearest(leaf.site.path, added.total(), pairs, rank // added.matrices)
             leaf.A.copy_(found[place].down)
             leaf.B.copy_(found[place].up)
-    worst = max(found, key=lambda place: found[place].error)
-    norm = math.fsum(one.norm for one in found.values())
-    error = math.sqrt(math.fsum(one.missed for one in found.values()) / norm) if norm else 0.0
-    return CombineReceipt(len(found), rank, tuple(whole), error, worst, found[worst].error)
+    return CombineReceipt(len(found), rank, tuple(whole), *errors_of(found))

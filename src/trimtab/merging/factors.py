@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.errors import AdapterFileError, SettingError
+from trimtab.errors import AdapterFileError
 from trimtab.hooks import Leaf
 from trimtab.kinds.weight import WeightLeaf, WeightMethod
 
@@ -30,33 +30,17 @@ class Factored:
         return math.sqrt(self.missed / self.norm) if self.norm else 0.0
 
 
-def common_rank(leaves_at: Mapping[str, Sequence[WeightLeaf]], rank: int | None) -> int:
-    """Return the one rank of all modules: the given one, or the largest rank of their factors. Raises SettingError."""
-    if rank is not None and rank < 1:
-        raise SettingError(f"rank={rank}: must be at least 1.")
-    needed = 1
-    for path, leaves in leaves_at.items():
-        factors = [scaled_factors(leaf) for leaf in leaves]
-        absent = [type(leaf.method).__name__ for leaf, pair in zip(leaves, factors, strict=True) if pair is None]
-        if rank is None and absent:
-            raise SettingError(
-                f"{absent[0]} does not give its change of {path!r} as a product of two factors: choose rank=… to write "
-                f"the best approximation of that rank; the receipt states its error."
-            )
-        own = sum(pair[0].shape[-2] for pair in factors if pair is not None)
-        needed = max(needed, matrix_count(leaves[0]) * own)
-    counts = {path: matrix_count(leaves[0]) for path, leaves in leaves_at.items()}
-    most = max(max(leaf.site.in_features, leaf.site.out_features) for leaves in leaves_at.values() for leaf in leaves)
-    if rank is not None and rank > most * max(counts.values()):
-        raise SettingError(f"rank={rank}: no layer is wider than {most}; give that or less.")
-    chosen = needed if rank is None else rank
-    uneven = [path for path, count in counts.items() if chosen % count]
-    if uneven:
-        raise SettingError(
-            f"rank {chosen} cannot be divided among the {counts[uneven[0]]} groups of the convolution {uneven[0]!r}: "
-            f"choose rank= a multiple of {math.lcm(*counts.values())}."
-        )
-    return chosen
+def errors_of(factors: Mapping[str, Factored]) -> tuple[float, str, float]:
+    """Return ‖B·A − ΔW‖ / ‖ΔW‖ (Frobenius) over all places, the place where it is worst, and what it is there."""
+    worst = max(factors, key=lambda place: factors[place].error)
+    norm = math.fsum(each.norm for each in factors.values())
+    relative = math.sqrt(math.fsum(each.missed for each in factors.values()) / norm) if norm else 0.0
+    return relative, worst, factors[worst].error
+
+
+def errors_text(relative: float, worst: str, error: float) -> str:
+    """Return what `errors_of` found, for people."""
+    return f"relative error {relative:.3g}, at worst {error:.3g} ({worst})"
 
 
 def matrix_count(leaf: WeightLeaf) -> int:

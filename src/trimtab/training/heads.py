@@ -27,6 +27,11 @@ def with_fresh_head(model: nn.Module, method: Method, fresh: Sequence[str]) -> M
     return Compose(method, FullTuning(targets=rest, lr_scale=HEAD_LR_SCALE)) if rest else method
 
 
+def head_numbers(model: nn.Module, fresh: Sequence[str]) -> int:
+    """Return how many numbers the `fresh` parameters (dotted names) hold."""
+    return sum(model.get_parameter(name).numel() for name in fresh)
+
+
 def default_learning_rate(method: Method) -> float:
     """Return a learning rate to start from: 5e-5 where the whole model is trained, 1e-3 for adapters."""
     whole = any(isinstance(part, FullTuning) and part.targets == "all" for part in method.parts())

@@ -33,11 +33,6 @@ class LoadedModel:
     fresh: tuple[str, ...]
     longest_input: int | None
 
-    @property
-    def fresh_numbers(self) -> int:
-        """How many numbers the fresh parameters hold."""
-        return sum(self.model.get_parameter(name).numel() for name in self.fresh)
-
     def check_length(self, max_length: int) -> None:
         """Raise SettingError when rows of `max_length` tokens are longer than the model can read."""
         if self.longest_input is not None and max_length > self.longest_input:

@@ -23,7 +23,7 @@ from trimtab.training.checkpoints import newest_checkpoint
 from trimtab.training.classification import Classification
 from trimtab.training.data import read_table
 from trimtab.training.encoding import Encoded
-from trimtab.training.heads import with_fresh_head
+from trimtab.training.heads import head_numbers, with_fresh_head
 from trimtab.training.loop import train
 from trimtab.training.metrics import Metrics
 from trimtab.training.models import LoadedModel, load_model
@@ -61,7 +61,7 @@ class Run:
     @property
     def new_head_numbers(self) -> int:
         """How many of the trained numbers are those of a new head."""
-        return self.loaded.fresh_numbers
+        return head_numbers(self.loaded.model, self.loaded.fresh)
 
 
 @dataclass(frozen=True)
