@@ -18,7 +18,7 @@ from trimtab.errors import SettingError, suggestion
 from trimtab.hooks import base_class
 from trimtab.storage import load
 from trimtab.structure import Structure
-from trimtab.training.architectures import load_as_saved, load_tokenizer_if_any
+from trimtab.training.architectures import load_as_saved, load_tokenizer_if_any, make_skeleton
 from trimtab.training.classification import Classification
 from trimtab.training.merged import check_output, save_merged
 from trimtab.training.model_sources import resolve_model
@@ -110,27 +110,26 @@ def open_adapter(model: str, file: Path, output: Path, accept_other_base: bool) 
     return load(base, file, accept_other_base=accept_other_base), tokenizer
 
 
-def load_base(model: str, file: Path | None = None) -> tuple[nn.Module, Any]:
+def load_base(model: str, file: Path) -> tuple[nn.Module, Any]:
     """Load the base of an adapter with its tokenizer: for the run's task where the file lies in a run's folder.
 
     Elsewhere as the model was saved; for a classification where the file holds a head that the saved model has not.
     """
-    record = None if file is None else find_record(file)
+    record = find_record(file)
     if record is not None:
         loaded = load_model(model, record.task, record.settings.loop.seed, dtype=record.settings.dtype)
         return loaded.model, loaded.tokenizer
-    base = load_as_saved(model)
-    classes = None if file is None else _classes_of(file, base)
+    classes = _classes_of(file, model)
     if classes is None:
-        return base, load_tokenizer_if_any(model)
+        return load_as_saved(model), load_tokenizer_if_any(model)
     loaded = load_model(model, example_task(Classification.name, classes), seed=0)
     return loaded.model, loaded.tokenizer
 
 
-def _classes_of(file: Path, base: nn.Module) -> int | None:
-    """Return the rows of the last weight that a file holds whole for a module that the base has not, if any."""
+def _classes_of(file: Path, model: str) -> int | None:
+    """Return the rows of the last weight that a file holds whole for a module that the saved model has not, if any."""
     _, tensors = read_adapter_file(file)
-    known, rows = Structure(base).modules, None
+    known, rows = Structure(make_skeleton(model).model).modules, None
     for name, tensor in tensors.items():
         _, place, kind = name.split("/")
         if place.endswith(":weight") and kind == "value" and place.removesuffix(":weight") not in known:
