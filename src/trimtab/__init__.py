@@ -17,7 +17,7 @@ from trimtab.errors import (
     TrainingError,
     TrimtabError,
     suggestion,
-)  # fmt: skip
+)
 from trimtab.extras import MissingExtraError
 from trimtab.method import Batches, Capabilities, Method, Spec, frozen, methods, setting
 from trimtab.planning import plan

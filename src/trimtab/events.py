@@ -101,7 +101,7 @@ class Binding:
             raise TrainingError(
                 f"adapter {self.adapter.name!r}: after two steps no gradient has reached {shown} "
                 f"({len(missing)} of {len(gradients)} tensors). They would never train: the model does not use these "
-                f"places, checkpointing with frozen inputs cuts the gradient (use_reentrant=False), or lr is too high."
+                f"places, checkpointing with frozen inputs cuts gradients (use use_reentrant=False), or lr is too high."
             )
 
     def release(self) -> None:

@@ -75,7 +75,7 @@ class Route:
     def only(self, name: str | None) -> Route:
         """Return the route of a batch that holds this adapter's rows alone."""
         order = torch.arange(len(self.groups[name]))
-        return Route((name,) * len(order), self.ticket, {name: order}, order, self.repeats)
+        return Route((name,) * len(order), self.ticket, {name: order}, order)
 
 
 @dataclass
